@@ -1,0 +1,101 @@
+"""Options and fixtures every test shares.
+
+One process tests one world, because the choices are made at import or load time:
+
+* ``pytest tests``                                     torch and the emulated CUDA kernels, on CPU tensors
+* ``TRITON_INTERPRET=1 pytest tests --backends triton`` the Triton kernels, interpreted on CPU tensors
+* ``pytest tests --emulated-build race``               the emulated kernels under the race checker
+* ``pytest tests --device cuda --backends cuda,triton,torch``   the real thing, on a GPU
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_FULL_GRID = os.environ.get("BIGKERN_TEST_GRID") == "full"
+
+
+def pick(full, small):
+    """The whole parameter grid when ``BIGKERN_TEST_GRID=full`` (``make test-all``), else the selection that covers every row.
+
+    Read from the environment, not from a pytest option, because ``parametrize`` runs while modules are imported.
+    """
+    return list(full) if _FULL_GRID else list(small)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bigkern")
+    group.addoption(
+        "--backends",
+        default="triton" if _INTERPRETED else "torch,cuda",
+        help="comma-separated backends the `backend` fixture visits",
+    )
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the test tensors")
+    group.addoption(
+        "--emulated-build", default="plain", choices=("plain", "asan", "race"), help="which emulated build to load"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU; runs under --device cuda")
+    config.addinivalue_line("markers", "multigpu: needs two GPUs")
+    config.addinivalue_line("markers", "slow: only in make test-all")
+    config.addinivalue_line("markers", "emulated: drives the emulator itself; runs on the CPU only")
+    names = config.getoption("--backends").split(",")
+    if "triton" in names and config.getoption("--device") == "cpu" and not _INTERPRETED:
+        raise pytest.UsageError("--backends triton on the CPU needs TRITON_INTERPRET=1 in the environment")
+
+
+def pytest_collection_modifyitems(config, items):
+    on_gpu = config.getoption("--device") == "cuda"
+    for item in items:
+        if "cuda" in item.keywords and item.get_closest_marker("cuda") and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU (--device cuda)"))
+        if item.get_closest_marker("multigpu") and not (on_gpu and _gpu_count() > 1):
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
+        if item.get_closest_marker("slow") and not _FULL_GRID:
+            item.add_marker(pytest.mark.skip(reason="slow: set BIGKERN_TEST_GRID=full (make test-all)"))
+        if item.get_closest_marker("emulated") and on_gpu:
+            item.add_marker(pytest.mark.skip(reason="drives the emulator, which runs on the CPU"))
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", metafunc.config.getoption("--backends").split(","), indirect=True)
+
+
+@pytest.fixture
+def device(pytestconfig):
+    """The torch.device of the test tensors."""
+    import torch
+
+    return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture
+def backend(request, device):
+    """A backend's name, asked for explicitly while the test runs; the emulated kernels stand in for CUDA on the CPU."""
+    import bigkern
+
+    name = request.param
+    if name == "cuda" and device.type == "cpu":
+        request.getfixturevalue("emulator")
+    with bigkern.use_backend(name):
+        yield name
+
+
+@pytest.fixture(scope="session")
+def emulator(pytestconfig):
+    """The emulated build's control module; loading it registers bigkern_cuda's kernels for CPU tensors."""
+    from tests import emulated
+
+    return emulated.load(pytestconfig.getoption("--emulated-build"))
