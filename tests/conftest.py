@@ -52,7 +52,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     on_gpu = config.getoption("--device") == "cuda"
     for item in items:
-        if "cuda" in item.keywords and item.get_closest_marker("cuda") and not on_gpu:
+        if item.get_closest_marker("cuda") and not on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU (--device cuda)"))
         if item.get_closest_marker("multigpu") and not (on_gpu and _gpu_count() > 1):
             item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
