@@ -1,0 +1,95 @@
+"""Builds bigkern/_C.abi3.so, the CUDA kernels on torch's stable ABI, where nvcc is; installs pure Python where it is not.
+
+Environment:
+    BIGKERN_EXT=auto|1|0    1: fail when the extension cannot be built; 0: do not try
+    BIGKERN_CUDA=auto|1|0   the same, for nvcc alone
+    TORCH_CUDA_ARCH_LIST    as torch's; unset: the visible GPUs, or every architecture we ship when there is none
+    MAX_JOBS                parallel compile jobs
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+SHIPPED_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0a"
+STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest torch the object loads under
+STRICT = "1" in (os.environ.get("BIGKERN_EXT"), os.environ.get("BIGKERN_CUDA"))
+SKIP = "0" in (os.environ.get("BIGKERN_EXT"), os.environ.get("BIGKERN_CUDA"))
+
+
+def find_cuda() -> Path | None:
+    """The toolkit: CUDA_HOME, the standard place, nvcc on PATH, then the packages of the [nvcc] extra."""
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", *sorted(wheels.glob("cu[0-9]*"))]
+    if nvcc := shutil.which("nvcc"):
+        # nvcc may be a wrapper script outside its toolkit: ask it where it lives.
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        if top := re.search(r"TOP=(\S+)", dry):
+            homes.insert(3, top[1])
+    return next((Path(home).resolve() for home in homes if home and (Path(home) / "bin/nvcc").exists()), None)
+
+
+def visible_archs(torch) -> str:
+    """TORCH_CUDA_ARCH_LIST for the GPUs of this machine; 9.0 and later need the architecture-specific target."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(found))
+
+
+def missing() -> str | None:
+    """Why the extension cannot be built here, with the cure."""
+    if SKIP:
+        return "BIGKERN_EXT=0 or BIGKERN_CUDA=0 is set"
+    if find_cuda() is None:
+        return "no nvcc: install a CUDA toolkit, or `pip install bigkern[nvcc]`, then `pip install --no-build-isolation .`"
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        return "no C++ compiler: install g++, then `pip install --no-build-isolation .`"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch is not in the build environment: `pip install --no-build-isolation .` shows it yours"
+    return None
+
+
+def extension() -> dict:
+    import torch
+    from torch.utils import cpp_extension
+
+    cuda = find_cuda()
+    # A CPU-only torch forces CUDA_HOME to None although it can compile and load our object.
+    cpp_extension.CUDA_HOME = str(cuda)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", visible_archs(torch) or SHIPPED_ARCHS)
+    cccl = [f"-isystem{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
+    defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
+    # torch's helper hides the conversions and operators of __half and __nv_bfloat16.
+    shown = [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")]
+    # CppExtension, not CUDAExtension: that one links libc10_cuda, which a CPU-only torch lacks and we do not need.
+    module = cpp_extension.CppExtension(
+        "bigkern._C",
+        sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/torch/*.cpp"), *ROOT.glob("csrc/kernels/*.cu")]),
+        include_dirs=[str(ROOT / "csrc"), str(cuda / "include")],
+        library_dirs=[str(path) for path in (cuda / "lib64", cuda / "lib") if path.is_dir()],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args={
+            "cxx": ["-O2", "-fvisibility=hidden", *defines],
+            "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all", *shown, *cccl],
+        },
+        # libtorch.so must be a recorded dependency: through it alone the loader finds torch's current stream.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"],
+        py_limited_api=True,
+    )
+    build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}, "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+
+
+reason = missing()
+if reason and STRICT and not SKIP:
+    raise SystemExit(f"bigkern: the CUDA extension was asked for (BIGKERN_EXT=1 or BIGKERN_CUDA=1) but {reason}")
+if reason:
+    print(f"bigkern: installing without the CUDA extension: {reason}", flush=True)
+setup(**({} if reason else extension()))
