@@ -10,7 +10,10 @@ One process tests one world, because the choices are made at import or load time
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +47,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "multigpu: needs two GPUs")
     config.addinivalue_line("markers", "slow: only in make test-all")
     config.addinivalue_line("markers", "emulated: drives the emulator itself; runs on the CPU only")
+    config.addinivalue_line("markers", "compiled: checks code compiled for GPUs")
+    config.addinivalue_line("markers", "sanitized: also runs under the race checker and AddressSanitizer (keep it small)")
     names = config.getoption("--backends").split(",")
     if "triton" in names and config.getoption("--device") == "cpu" and not _INTERPRETED:
         raise pytest.UsageError("--backends triton on the CPU needs TRITON_INTERPRET=1 in the environment")
@@ -99,3 +104,31 @@ def emulator(pytestconfig):
     from tests import emulated
 
     return emulated.load(pytestconfig.getoption("--emulated-build"))
+
+
+# What really ran, for tests/run.py: a world that executed no kernel must not pass for one that did.
+_counts: Counter[str] = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        _counts[report.outcome] += 1
+    if report.when == "call" and report.passed:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        emulated = "emulator" in item.fixturenames or item.get_closest_marker("emulated")
+        _counts["emulated"] += bool(emulated or backend == "cuda")
+        _counts["interpreted"] += _INTERPRETED and (backend == "triton" or "triton" in item.path.parts)
+        _counts["compiled"] += item.get_closest_marker("compiled") is not None
+    return report
+
+
+def pytest_sessionfinish(session):
+    folder = os.environ.get("BIGKERN_TEST_REPORT")
+    if not folder:
+        return
+    from tests import emulated
+
+    _counts["emulated_launches"] += emulated.launches()
+    (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(_counts))
