@@ -1,0 +1,85 @@
+// Launching kernels and asking about the current device.
+#pragma once
+
+#include "device/stream.h"
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace bigkern {
+
+struct LaunchConfig {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  Stream stream = nullptr;
+  bool cooperative = false;  // all blocks resident at once, as a grid-wide exchange needs
+};
+
+namespace detail {
+
+// Above 48 KiB a kernel gets dynamic shared memory only after asking for it.
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  return value;
+}
+
+}  // namespace detail
+
+// Returns 0, or an error code for error_string. The error is the caller's to report: it does not stay behind as
+// the runtime's last error, where an unrelated check would find it.
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), const LaunchConfig& config, Args... args) {
+  cudaError_t status = detail::allow_shared_bytes(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  if (status == cudaSuccess) {
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t runtime{};
+    runtime.gridDim = config.grid;
+    runtime.blockDim = config.block;
+    runtime.dynamicSmemBytes = config.shared_bytes;
+    runtime.stream = static_cast<cudaStream_t>(config.stream);
+    runtime.attrs = &cooperative;
+    runtime.numAttrs = config.cooperative ? 1 : 0;
+    status = cudaLaunchKernelEx(&runtime, kernel, static_cast<Params>(args)...);
+  }
+  const cudaError_t last = cudaGetLastError();
+  return status != cudaSuccess ? status : last;
+}
+
+inline const char* error_string(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+// Of the current device; 0 when there is none.
+inline int multiprocessor_count() {
+  return detail::device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// The most dynamic shared memory a block may ask for.
+inline int max_shared_bytes() {
+  return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+// Blocks that fit one multiprocessor; 0 when the kernel cannot run.
+template <class... Params>
+int occupancy(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  int blocks = 0;
+  if (detail::allow_shared_bytes(function, shared_bytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared_bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return blocks;
+}
+
+}  // namespace bigkern
