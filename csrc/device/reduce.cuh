@@ -30,7 +30,7 @@ __device__ __forceinline__ float group_reduce(float value) {
   return value;
 }
 
-constexpr int next_power_of_two(int n) {
+__host__ __device__ constexpr int next_power_of_two(int n) {
   int p = 1;
   while (p < n) p *= 2;
   return p;
