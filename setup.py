@@ -1,4 +1,4 @@
-"""Builds bigkern/_C.abi3.so, the CUDA kernels on torch's stable ABI, where nvcc is; installs pure Python where it is not.
+"""Builds bigkern/_C.abi3.so, the CUDA kernels on torch's stable ABI, where nvcc is; pure Python where it is not.
 
 Environment:
     BIGKERN_EXT=auto|1|0    1: fail when the extension cannot be built; 0: do not try
@@ -26,7 +26,12 @@ SKIP = "0" in (os.environ.get("BIGKERN_EXT"), os.environ.get("BIGKERN_CUDA"))
 def find_cuda() -> Path | None:
     """The toolkit: CUDA_HOME, the standard place, nvcc on PATH, then the packages of the [nvcc] extra."""
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", *sorted(wheels.glob("cu[0-9]*"))]
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        "/usr/local/cuda",
+        *sorted(wheels.glob("cu[0-9]*")),
+    ]
     if nvcc := shutil.which("nvcc"):
         # nvcc may be a wrapper script outside its toolkit: ask it where it lives.
         dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -46,7 +51,9 @@ def missing() -> str | None:
     if SKIP:
         return "BIGKERN_EXT=0 or BIGKERN_CUDA=0 is set"
     if find_cuda() is None:
-        return "no nvcc: install a CUDA toolkit, or `pip install bigkern[nvcc]`, then `pip install --no-build-isolation .`"
+        return (
+            "no nvcc: install a CUDA toolkit, or `pip install bigkern[nvcc]`, then `pip install --no-build-isolation .`"
+        )
     if not shutil.which(os.environ.get("CXX", "c++")):
         return "no C++ compiler: install g++, then `pip install --no-build-isolation .`"
     try:
@@ -67,24 +74,41 @@ def extension() -> dict:
     cccl = [f"-isystem{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     # torch's helper hides the conversions and operators of __half and __nv_bfloat16.
-    shown = [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")]
+    shown = [
+        f"-U__CUDA_NO_{name}__"
+        for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+    ]
     # CppExtension, not CUDAExtension: that one links libc10_cuda, which a CPU-only torch lacks and we do not need.
     module = cpp_extension.CppExtension(
         "bigkern._C",
-        sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/torch/*.cpp"), *ROOT.glob("csrc/kernels/*.cu")]),
+        sorted(
+            str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/torch/*.cpp"), *ROOT.glob("csrc/kernels/*.cu")]
+        ),
         include_dirs=[str(ROOT / "csrc"), str(cuda / "include")],
         library_dirs=[str(path) for path in (cuda / "lib64", cuda / "lib") if path.is_dir()],
         libraries=["cudart_static", "rt", "dl", "pthread"],
         extra_compile_args={
             "cxx": ["-O2", "-fvisibility=hidden", *defines],
-            "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all", *shown, *cccl],
+            "nvcc": [
+                "-O3",
+                "-std=c++17",
+                "-lineinfo",
+                "-Xcompiler=-fvisibility=hidden",
+                "-Xfatbin=-compress-all",
+                *shown,
+                *cccl,
+            ],
         },
         # libtorch.so must be a recorded dependency: through it alone the loader finds torch's current stream.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"],
         py_limited_api=True,
     )
     build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": build}, "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 reason = missing()

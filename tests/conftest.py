@@ -22,7 +22,7 @@ _FULL_GRID = os.environ.get("BIGKERN_TEST_GRID") == "full"
 
 
 def pick(full, small):
-    """The whole parameter grid when ``BIGKERN_TEST_GRID=full`` (``make test-all``), else the selection that covers every row.
+    """The whole grid when ``BIGKERN_TEST_GRID=full`` (``make test-all``), else the selection that covers every row.
 
     Read from the environment, not from a pytest option, because ``parametrize`` runs while modules are imported.
     """
@@ -48,7 +48,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: only in make test-all")
     config.addinivalue_line("markers", "emulated: drives the emulator itself; runs on the CPU only")
     config.addinivalue_line("markers", "compiled: checks code compiled for GPUs")
-    config.addinivalue_line("markers", "sanitized: also runs under the race checker and AddressSanitizer (keep it small)")
+    config.addinivalue_line(
+        "markers", "sanitized: also runs under the race checker and AddressSanitizer (keep it small)"
+    )
     names = config.getoption("--backends").split(",")
     if "triton" in names and config.getoption("--device") == "cpu" and not _INTERPRETED:
         raise pytest.UsageError("--backends triton on the CPU needs TRITON_INTERPRET=1 in the environment")

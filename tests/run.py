@@ -1,4 +1,4 @@
-"""Every check that needs no GPU, as ``make test`` runs it: one pytest process per world, then the counts of what really ran.
+"""Every check that needs no GPU, as ``make test`` runs it: one pytest process a world, then counts of what ran.
 
     python -m tests.run           the selection that covers every row of the contracts
     python -m tests.run --all     the whole parameter grid
@@ -41,7 +41,9 @@ def worlds() -> list[World]:
     sanitized = ["tests/kernels", "tests/ops", "-m", "sanitized", "--backends", "cuda"]
     return [
         World("torch and emulated", ["tests", *spread], {}, "emulated"),
-        World("interpreted", ["tests/triton", "tests/ops", "tests/nn", *spread], {"TRITON_INTERPRET": "1"}, "interpreted"),
+        World(
+            "interpreted", ["tests/triton", "tests/ops", "tests/nn", *spread], {"TRITON_INTERPRET": "1"}, "interpreted"
+        ),
         World("emulated-race", [*sanitized, "--emulated-build", "race"], emulated.environment("race"), "emulated"),
         World("emulated-asan", [*sanitized, "--emulated-build", "asan"], emulated.environment("asan"), "emulated"),
     ]
@@ -57,7 +59,7 @@ def lint() -> bool:
         [BIN / "ruff", "format", "--check", "."],
         [BIN / "clang-format", "--dry-run", "--Werror", *sources],
     ]
-    return all([subprocess.run(command, cwd=ROOT).returncode == 0 for command in commands])
+    return sum(subprocess.run(command, cwd=ROOT).returncode != 0 for command in commands) == 0
 
 
 def run(world: World, full: bool, reports: Path) -> tuple[bool, dict[str, int]]:
@@ -107,7 +109,9 @@ def main() -> int:
         shutil.rmtree(reports, ignore_errors=True)
 
     print("\nchecks that ran kernels on this machine:")
-    print(f"  emulated CUDA   {totals.get('emulated', 0):6d} tests, {totals.get('emulated_launches', 0)} kernel launches")
+    print(
+        f"  emulated CUDA   {totals.get('emulated', 0):6d} tests, {totals.get('emulated_launches', 0)} kernel launches"
+    )
     print(f"  interpreted     {totals.get('interpreted', 0):6d} tests of Triton kernels")
     print(f"  compiled        {totals.get('compiled', 0):6d} tests of code compiled for GPUs")
     for failure in failures:

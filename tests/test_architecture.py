@@ -1,4 +1,4 @@
-"""The house rules of CONTRIBUTING.md, as tests: who may import whom, what each op must have, what `import bigkern` may touch."""
+"""The house rules of CONTRIBUTING.md, as tests: who may import whom, what each op must have, what import touches."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def tracked(pattern: str) -> list[Path]:
 
 def imports(path: Path) -> list[str]:
     """Every module a file imports, relative imports resolved, at any depth of the file."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    package = parts if parts[-1] == "__init__" else parts
+    package = path.relative_to(ROOT).with_suffix("").parts  # of __init__.py too: its last part stands for one level
     found = []
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
