@@ -4,3 +4,20 @@
 #include "device/device.cuh"
 
 #include BK_PLATFORM_HOPPER
+
+namespace bigkern {
+
+// A wgmma operand of 16-bit elements in shared memory at p. W is the swizzle in bytes (0, 32, 64, 128); the byte
+// address of element (mn, k), before the swizzle XORs bits of it, is p plus
+//   K-major, swizzled:   mn % 8 * W + mn / 8 * sbo + 2 k                                (lbo unused)
+//   MN-major, swizzled:  2 (mn % (W/2)) + mn / (W/2) * lbo + k % 8 * W + k / 8 * sbo
+//   K-major, W = 0:      mn % 8 * 16 + mn / 8 * sbo + 2 (k % 8) + k / 8 * lbo
+//   MN-major, W = 0:     2 (mn % 8) + mn / 8 * sbo + k % 8 * 16 + k / 8 * lbo
+// The swizzle is on shared memory's own address bits: tiles start at multiples of 8 W, and p may point inside one.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* p, uint32_t lbo, uint32_t sbo, int swizzle) {
+  const uint64_t layout = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
+  return uint64_t{(shared_address(p) & 0x3ffffu) >> 4} | uint64_t{(lbo & 0x3ffffu) >> 4} << 16 |
+         uint64_t{(sbo & 0x3ffffu) >> 4} << 32 | layout << 62;
+}
+
+}  // namespace bigkern
