@@ -178,6 +178,15 @@ def extension() -> Path:
     return found[0]
 
 
+def compiler() -> str:
+    """The nvcc on this machine, as the table's header names it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return "nvcc: none"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"nvcc {re.search(r'V([0-9.]+)', said)[1]}"
+
+
 def plans() -> list[KernelPlan]:
     """Every op's plan, from the benchmark modules."""
     found = []
@@ -202,7 +211,7 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# What the compiler made of every kernel",
         "",
-        "Written by `python -m benchmarks.static --write` from the object that ships; not a measurement of speed.",
+        f"Written by `python -m benchmarks.static --write` from the object that ships ({compiler()}); no speed measured.",
         "Registers, then occupancy at the planned block size (\\*: with a typical launch's dynamic shared memory);",
         "the last columns are of sm_90a: static shared bytes, 16-byte among all global loads, among all global stores.",
         f"Spills (LDL, STL, stack): {spilling} of {len(rows)} kernels.",
