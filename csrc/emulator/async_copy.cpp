@@ -1,0 +1,51 @@
+#include "emulator/async_copy.h"
+
+#include <cstring>
+
+namespace bigkern {
+
+namespace {
+
+using namespace emulator;
+
+void complete(const CopyRequest& request) {
+  record_access(current, request.source, static_cast<size_t>(request.copied), Access::kRead);
+  record_access(current, request.destination, static_cast<size_t>(request.bytes), Access::kWrite);
+  char* destination = static_cast<char*>(request.destination);
+  if (request.copied > 0) std::memcpy(destination, request.source, static_cast<size_t>(request.copied));
+  std::memset(destination + request.copied, 0, static_cast<size_t>(request.bytes - request.copied));
+}
+
+}  // namespace
+
+void cp_async16(void* destination, const void* source, bool pred, Where where) {
+  RuntimeScope scope;
+  constexpr int kBytes = 16;
+  check_shared(destination, kBytes, kBytes, "cp_async16", where);
+  if (pred) check_global_alignment(source, kBytes, "cp_async16", where);
+  record_copy_issue(current, destination, kBytes);
+  const CopyRequest request{destination, source, kBytes, pred ? kBytes : 0};
+  if (current->copy_interval.late()) {
+    current->open_copies.push_back(request);
+  } else {
+    complete(request);
+  }
+}
+
+void cp_async_commit() {
+  RuntimeScope scope;
+  current->copy_groups.push_back(std::move(current->open_copies));
+  current->open_copies.clear();
+}
+
+void emulator::copy_async_wait(size_t groups_left) {
+  RuntimeScope scope;
+  auto& groups = current->copy_groups;
+  while (groups.size() > groups_left) {
+    for (const CopyRequest& request : groups.front()) complete(request);
+    groups.erase(groups.begin());
+  }
+  current->copy_interval.end();
+}
+
+}  // namespace bigkern

@@ -1,0 +1,247 @@
+// The emulator's core, on which every emulated operation is built (kernels never see these names).
+//
+// Every CUDA thread is a fiber with a stack of its own. A block lives on one OS thread, its worker, from start to end;
+// within a worker exactly one fiber runs at a time, until it waits. So emulator code needs no locks within a block, and
+// an operation that does not call wait(), rendezvous() or spin_point() is atomic.
+//
+//   current                the running fiber; null on the host
+//   fail()                 ends the launch with an error
+//   wait(), make_ready()   park the running fiber, put a parked one back
+//   rendezvous()           a collective: all deposit an argument, the last one computes for all
+//   warp_collective()      the same over the lanes of a mask, which it checks
+//   spin_point()           must be called by anything a kernel may poll
+//   Block::pending         operations that may complete at any time; run when nothing else can, or earlier
+//   (AsyncInterval) extension<T>(block)    a block's state that belongs to one feature race.h record_access() and the
+//   happens-before edges the race checker needs
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "emulator/fiber.h"
+#include "emulator/race.h"
+#include "emulator/where.h"
+
+namespace bigkern::emulator {
+
+struct Block;
+class Scheduler;
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 1024;
+
+// Draws, once for every interval between two waits, whether the operations of the interval take effect when they are
+// issued or when they are waited for. Drawing for each operation would hide a missing wait: one early completion
+// carries all earlier ones with it.
+class AsyncInterval {
+ public:
+  bool late();
+  void end() { drawn_ = -1; }
+
+ private:
+  int drawn_ = -1;
+};
+
+struct CopyRequest {
+  void* destination;
+  const void* source;
+  int bytes;
+  int copied;  // the rest is filled with zeros
+};
+
+struct Fiber {
+  Context context;
+  Stack stack;
+  uint3 thread_index{};
+  int index = 0;  // within the block
+  int lane = 0;
+  int warp = 0;
+  bool done = false;
+  bool in_runtime = false;  // instrumented accesses of emulator code are not the kernel's
+  Block* block = nullptr;
+  Scheduler* scheduler = nullptr;
+  const char* waiting_for = "";
+  Where waiting_at;
+  unsigned spins = 0;
+  std::vector<CopyRequest> open_copies;               // cp.async not yet committed
+  std::vector<std::vector<CopyRequest>> copy_groups;  // committed, oldest first
+  AsyncInterval copy_interval;
+  FiberRace race;
+};
+
+// The running fiber. initial-exec: one load, as threadIdx is read everywhere. Fibers never change their OS thread.
+extern __thread Fiber* current __attribute__((tls_model("initial-exec")));
+
+// Marks the running fiber as executing emulator code while it lives.
+class RuntimeScope {
+ public:
+  BK_UNINSTRUMENTED RuntimeScope() : fiber_(current), outer_(fiber_ && fiber_->in_runtime) {
+    if (fiber_) fiber_->in_runtime = true;
+  }
+  BK_UNINSTRUMENTED ~RuntimeScope() {
+    if (fiber_) fiber_->in_runtime = outer_;
+  }
+  RuntimeScope(const RuntimeScope&) = delete;
+  RuntimeScope& operator=(const RuntimeScope&) = delete;
+
+ private:
+  Fiber* fiber_;
+  bool outer_;
+};
+
+// Ends the launch. The message gets the place and the running fiber's block and thread added.
+[[noreturn]] void fail(const std::string& message, Where where = {nullptr, 0});
+
+// Parks the running fiber until somebody calls make_ready() on it.
+void wait(const char* what, Where where);
+void make_ready(Fiber* fiber);
+
+// Makes fibers ready, the running one possibly among them, and goes on with whichever the order prefers.
+void release_together(Fiber* const* fibers, int count);
+
+// To be called by every operation a kernel may poll in a loop: lets others run, and reports a livelock.
+void spin_point(const char* what, Where where);
+// Something a polling thread may wait for has changed.
+void note_progress();
+
+uint32_t random_bits();
+
+// A meeting of `needed` fibers, each in a slot of its own.
+template <int kSlots>
+struct Rendezvous {
+  const char* operation = nullptr;
+  unsigned key = 0;  // all must bring the same
+  int needed = 0;
+  int arrived = 0;
+  Where where;
+  void* argument[kSlots];
+  Fiber* fiber[kSlots];
+};
+
+[[noreturn]] void fail_mismatch(const char* operation, unsigned key, Where where, const char* met, unsigned met_key,
+                                Where met_where);
+bool same_operation(const char* a, const char* b);
+
+// The running fiber deposits `argument`. The last to arrive calls execute(rendezvous) while the others still wait.
+template <int kSlots, class Execute>
+BK_UNINSTRUMENTED void rendezvous(Rendezvous<kSlots>& meeting, const char* operation, unsigned key, int needed,
+                                  int slot, void* argument, Where where, Execute execute) {
+  if (meeting.arrived == 0) {
+    meeting.operation = operation;
+    meeting.key = key;
+    meeting.needed = needed;
+    meeting.where = where;
+  } else if (meeting.key != key || meeting.where.line != where.line || !same_operation(meeting.operation, operation)) {
+    fail_mismatch(operation, key, where, meeting.operation, meeting.key, meeting.where);
+  }
+  meeting.argument[slot] = argument;
+  meeting.fiber[meeting.arrived++] = current;
+  if (meeting.arrived < meeting.needed) {
+    wait(operation, where);
+    return;
+  }
+  {
+    RuntimeScope scope;
+    execute(meeting);
+  }
+  const int count = meeting.arrived;
+  meeting.arrived = 0;
+  for (int i = 0; i < count - 1; i++) make_ready(meeting.fiber[i]);
+}
+
+// One warp. Lanes may meet in disjoint groups at the same time, each with its own mask.
+struct Warp {
+  Rendezvous<kWarpSize> meetings[4];
+  unsigned alive = 0;  // lanes that have not exited
+};
+
+// The slot of the meeting that the mask names; fails when the mask is wrong.
+Rendezvous<kWarpSize>& warp_meeting(const char* operation, unsigned mask, Where where);
+
+// All lanes of mask meet; execute sees each lane's argument at argument[lane] and the mask in key.
+template <class Execute>
+BK_UNINSTRUMENTED void warp_collective(const char* operation, unsigned mask, void* argument, Where where,
+                                       Execute execute) {
+  Rendezvous<kWarpSize>& meeting = warp_meeting(operation, mask, where);
+  rendezvous(meeting, operation, mask, __builtin_popcount(mask), current->lane, argument, where, execute);
+}
+
+// State of one feature within a block. It is made when first asked for and lives until the block ends.
+struct BlockExtension {
+  virtual ~BlockExtension() = default;
+  // Called when a thread returns from the kernel and when the last one has; may fail().
+  virtual void on_thread_exit(Fiber&) {}
+  virtual void on_block_exit(Block&) {}
+};
+
+constexpr int kNamedBarriers = 16;
+
+struct NamedBarrier {
+  int needed = 0;
+  int arrived = 0;
+  std::vector<Fiber*> waiting;
+  Where where;
+  SyncClock clock;
+};
+
+// __syncthreads of a block.
+struct BlockBarrier {
+  int arrived = 0;
+  Where where;
+  Fiber* fiber[kMaxThreads];
+};
+
+struct SharedVariable {
+  const void* tag;
+  char* address;
+};
+
+constexpr size_t kArenaBytes = 256 << 10;
+
+struct Block {
+  uint3 index{};
+  unsigned linear = 0;  // of the grid
+  int threads = 0;
+  int live = 0;  // threads that have not exited
+  dim3 block_dim, grid_dim;
+
+  // Shared memory: dynamic from the bottom up, static variables from the top down.
+  char* arena = nullptr;
+  size_t dynamic_bytes = 0;
+  size_t static_start = 0;
+  size_t carved = 0;  // AddressSanitizer: how much of the arena SharedMemory::take has opened
+  std::vector<SharedVariable> variables;
+
+  BlockBarrier barrier;
+  NamedBarrier named[kNamedBarriers];
+  std::vector<Warp> warps;
+  std::vector<Rendezvous<128>> warpgroups;
+  std::vector<Fiber*> fibers;
+  std::vector<std::function<void()>> pending;
+  std::vector<std::pair<const void*, std::unique_ptr<BlockExtension>>> extensions;
+  BlockRace race;
+};
+
+template <class State>
+BK_UNINSTRUMENTED State& extension(Block& block) {
+  static const char tag = 0;
+  for (auto& entry : block.extensions) {
+    if (entry.first == &tag) return static_cast<State&>(*entry.second);
+  }
+  RuntimeScope scope;
+  block.extensions.emplace_back(&tag, std::make_unique<State>());
+  return static_cast<State&>(*block.extensions.back().second);
+}
+
+// Offset in the arena; fails unless [p, p + bytes) is this block's shared memory and aligned.
+size_t check_shared(const void* p, size_t bytes, size_t align, const char* operation, Where where);
+void check_global_alignment(const void* p, size_t align, const char* operation, Where where);
+
+}  // namespace bigkern::emulator

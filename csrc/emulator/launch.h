@@ -1,0 +1,52 @@
+// Launching kernels and asking about the emulated device; the counterpart of device/cuda/launch.cuh.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstddef>
+
+#include "device/stream.h"
+#include "emulator/core.h"
+
+namespace bigkern {
+
+struct LaunchConfig {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  Stream stream = nullptr;
+  bool cooperative = false;  // all blocks resident at once, as a grid-wide exchange needs
+};
+
+namespace emulator {
+
+// Runs the kernel to its end. `call` runs it for the current fiber.
+int launch(const LaunchConfig& config, void (*call)(void*), void* arguments);
+
+}  // namespace emulator
+
+// Returns 0, or an error code for error_string.
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), const LaunchConfig& config, Args... args) {
+  auto call = [&] { kernel(static_cast<Params>(args)...); };
+  using Call = decltype(call);
+  return emulator::launch(config, [](void* pointer) { (*static_cast<Call*>(pointer))(); }, &call);
+}
+
+// The message of this thread's last failed launch when code stands for one.
+const char* error_string(int code);
+
+int multiprocessor_count();
+int max_shared_bytes();
+
+namespace emulator {
+
+int occupancy(int threads, size_t shared_bytes);
+
+}  // namespace emulator
+
+template <class... Params>
+int occupancy(void (*)(Params...), int threads, size_t shared_bytes) {
+  return emulator::occupancy(threads, shared_bytes);
+}
+
+}  // namespace bigkern
