@@ -50,8 +50,9 @@ inline TensorMapShape tensor_map_shape(const void* global, int element_bytes, in
   require(shape.element_strides[0] == 1, "element_strides[0] is not 1, and the hardware would ignore it");
   const uint64_t inner = uint64_t{shape.box[0]} * element_bytes;
   require(inner % 16 == 0, "the inner box of " + std::to_string(inner) + " bytes is not a multiple of 16");
-  require(swizzle == 0 || inner <= static_cast<uint64_t>(swizzle),
-          "the inner box of " + std::to_string(inner) + " bytes is wider than the swizzle");
+  // The driver also takes narrower boxes, whose layout in shared memory it does not document.
+  require(swizzle == 0 || inner == static_cast<uint64_t>(swizzle),
+          "the inner box of " + std::to_string(inner) + " bytes is not the swizzle's " + std::to_string(swizzle));
   return shape;
 }
 

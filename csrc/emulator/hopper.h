@@ -1,0 +1,6 @@
+// The Hopper part of the device layer, emulated.
+#pragma once
+
+#include "emulator/mbarrier.h"
+#include "emulator/tma.h"
+#include "emulator/wgmma.h"
