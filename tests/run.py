@@ -72,6 +72,9 @@ def run(world: World, full: bool, reports: Path) -> tuple[bool, dict[str, int]]:
     command = [sys.executable, "-m", "pytest", *world.arguments]
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     counts: dict[str, int] = {}
+    rows = [file.read_text() for file in sorted(folder.glob("planted-*.txt"))]
+    if rows:
+        print(f"\nplanted bugs, and what caught each:\n  {'  '.join(rows)}", flush=True)
     for file in folder.glob("*.json"):
         for key, value in json.loads(file.read_text()).items():
             counts[key] = counts.get(key, 0) + value

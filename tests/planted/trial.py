@@ -1,0 +1,109 @@
+"""Runs a harness library over schedules and says, for each, whether its results are wrong; in its own process.
+
+    python -m tests.planted.trial LIBRARY KERNEL SCHEDULES...
+
+Prints one JSON object a schedule: {"schedule": "random:3", "caught": null | "what was seen"}.  Stops at the first
+catch; an AddressSanitizer report ends the process instead, and the caller reads it from stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+
+import numpy as np
+
+ORDERS = {"forward": 0, "reverse": 1, "random": 2, "priority": 3}
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 values that are already bf16, as bf16 bit patterns."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def call(function, *args) -> str | None:
+    error = ctypes.create_string_buffer(4096)
+    if function(*args, error, ctypes.c_int(len(error))):
+        return error.value.decode()
+    return None
+
+
+def compare(name: str, got: np.ndarray, wanted: np.ndarray, tolerance: float) -> str | None:
+    """NaN in `got` is a difference: outputs are pre-filled with it."""
+    scale = max(1.0, float(np.abs(wanted).max()))
+    difference = np.abs(got.astype(np.float64) - wanted)
+    if not difference.max() <= tolerance * scale:
+        worst = np.unravel_index(np.nanargmax(np.where(np.isnan(difference), np.inf, difference)), got.shape)
+        return f"wrong {name}{list(map(int, worst))}: {got[worst]:.4g}, wanted {wanted[worst]:.4g}"
+    return None
+
+
+def tile_gemm(library: ctypes.CDLL) -> str | None:
+    """Tails in every dimension, five steps of k, several blocks; small integers, so that bf16 products are exact."""
+    for m, n, k in ((100, 72, 136), (64, 64, 32)):
+        rng = np.random.default_rng(m)
+        a, b = rng.integers(-8, 9, (m, k)).astype(np.float32), rng.integers(-8, 9, (k, n)).astype(np.float32)
+        a_bits, b_bits = bf16(a), bf16(b)
+        c = np.full((m, n), np.nan, np.float32)
+        sizes = [ctypes.c_int(value) for value in (m, n, k)]
+        failure = call(library.run_tile_gemm, pointer(a_bits), pointer(b_bits), pointer(c), *sizes)
+        failure = failure or compare("c", c, a.astype(np.float64) @ b, 1e-6)
+        if failure:
+            return failure
+    return None
+
+
+def layer_norm(library: ctypes.CDLL) -> str | None:
+    """One width for every path: part of a warp, a block, shared memory, chunks; vectors and single elements.
+
+    The last case is a far row stride, in address space that is reserved but never touched.
+    """
+    cases = [(13, 12, 12), (5, 200, 200), (6, 1000, 1000), (9, 77, 80), (5, 9216, 9216), (2, 20000, 20000)]
+    for rows, cols, stride in [*cases, (3, 8, (1 << 30) + 8)]:
+        rng = np.random.default_rng(cols)
+        x = np.empty((rows - 1) * stride + cols, np.float32)  # untouched pages cost nothing
+        rows_of_x = np.lib.stride_tricks.as_strided(x, (rows, cols), (4 * stride, 4))
+        rows_of_x[:] = rng.standard_normal((rows, cols)) + 3
+        weight, bias = rng.standard_normal((2, cols)).astype(np.float32)
+        grad = rng.standard_normal((rows, cols)).astype(np.float32)
+        output, grad_input = (np.full((rows, cols), np.nan, np.float32) for _ in range(2))
+        grad_weight, grad_bias = (np.full(cols, np.nan, np.float32) for _ in range(2))
+        arrays = [pointer(v) for v in (weight, bias, grad, output, grad_input, grad_weight, grad_bias)]
+        sizes = [ctypes.c_int64(rows), ctypes.c_int64(cols)]
+        failure = call(library.run_layer_norm, pointer(x), ctypes.c_int64(stride), *arrays, *sizes)
+
+        exact = rows_of_x.astype(np.float64)
+        mean, rstd = exact.mean(1, keepdims=True), 1 / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
+        hat, scaled = (exact - mean) * rstd, grad.astype(np.float64) * weight
+        wanted_grad = rstd * (scaled - scaled.mean(1, keepdims=True) - hat * (scaled * hat).mean(1, keepdims=True))
+        failure = (
+            failure
+            or compare("output", output, hat * weight + bias, 1e-5)
+            or compare("grad_input", grad_input, wanted_grad, 1e-5)
+            or compare("grad_weight", grad_weight, (grad * hat).sum(0), 1e-5)
+            or compare("grad_bias", grad_bias, grad.astype(np.float64).sum(0), 1e-5)
+        )
+        if failure:
+            return f"{rows} x {cols}: {failure}"
+    return None
+
+
+def main(path: str, kernel: str, schedules: list[str]) -> None:
+    library = ctypes.CDLL(path)
+    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm}[kernel]
+    for schedule in schedules:
+        order, seed = schedule.split(":")
+        library.set_schedule(ctypes.c_int(ORDERS[order]), ctypes.c_uint64(int(seed)))
+        caught = run(library)
+        print(json.dumps({"schedule": schedule, "caught": caught}), flush=True)
+        if caught:
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
