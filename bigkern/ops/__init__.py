@@ -1,0 +1,5 @@
+"""The public functions: argument checks, backend choice, autograd."""
+
+from bigkern.ops.layer_norm import add_layer_norm, layer_norm, rms_norm
+
+__all__ = ["add_layer_norm", "layer_norm", "rms_norm"]
