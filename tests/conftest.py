@@ -96,6 +96,8 @@ def backend(request, device):
     name = request.param
     if name == "cuda" and device.type == "cpu":
         request.getfixturevalue("emulator")
+    if name == "triton" and device.type == "cpu":
+        request.getfixturevalue("interpreter")
     with bigkern.use_backend(name):
         yield name
 
@@ -106,6 +108,14 @@ def emulator(pytestconfig):
     from tests import emulated
 
     return emulated.load(pytestconfig.getoption("--emulated-build"))
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Triton's interpreter, repaired to round and multiply as a GPU does."""
+    from tests.triton import interpreter
+
+    interpreter.install()
 
 
 # What really ran, for tests/run.py: a world that executed no kernel must not pass for one that did.

@@ -1,0 +1,203 @@
+"""Compiles the Triton kernels for GPUs that are not here, exactly as a launch would, and reads what came out.
+
+The product's own launch code runs, on CPU tensors that nothing touches; each launch is caught and compiled instead, through
+Triton's own argument specialisation, for a GPU target that a stand-in driver names.  So no list of signatures and tile sizes
+has to be kept in step with the product's.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+
+# Shared memory one block can use, bytes (CUDA C++ Programming Guide, technical specifications per compute capability).
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_MULTIPROCESSORS = 132
+
+_INSTRUCTIONS = {
+    "LDG": r"LDG\.",
+    "LDG.128": r"LDG\.E(\.\w+)*\.128",
+    "LDGSTS": r"LDGSTS\.",
+    "LDGSTS.128": r"LDGSTS\.E(\.\w+)*\.128",
+    "STG": r"STG\.",
+    "STG.128": r"STG\.E(\.\w+)*\.128",
+    "LDS": r"LDS",
+    "STS": r"STS",
+    "LDL": r"LDL",
+    "STL": r"STL",
+    "BAR": r"BAR\.",
+    "ATOM": r"(ATOM|RED)G?\.",
+}
+
+
+class Case(NamedTuple):
+    """One call of a raw op, as (name, function): the function runs the product's launch code."""
+
+    name: str
+    call: Callable[[], object]
+
+
+def _layer_norm(
+    rows: int, cols: int, dtype: torch.dtype, features: str, parameters: torch.dtype | None = None
+) -> Callable:
+    """The forward and backward launches of layer norm with these features: any of "rms", "residual", "dropout"."""
+
+    def call():
+        from bigkern.ops.layer_norm import _triton
+
+        def tensor(*shape, kind=dtype):
+            return torch.empty(shape, dtype=kind)
+
+        rms = "rms" in features
+        dropout_p = 0.25 if "dropout" in features else 0.0
+        residual = tensor(rows, cols) if "residual" in features else None
+        weight = tensor(cols, kind=parameters or dtype)
+        bias = None if rms else torch.empty_like(weight)
+        philox = torch.empty(2, dtype=torch.int64)
+        _triton._forward(tensor(rows, cols), residual, weight, bias, 1e-5, rms, dropout_p, philox)
+        mean, rstd = tensor(0 if rms else rows, kind=torch.float32), tensor(rows, kind=torch.float32)
+        grad_summed = None if residual is None else tensor(rows, cols)
+        _triton._backward(
+            tensor(rows, cols),
+            grad_summed,
+            tensor(rows, cols),
+            mean,
+            rstd,
+            weight,
+            rms,
+            dropout_p,
+            philox,
+            True,
+            not rms,
+        )
+
+    return call
+
+
+def cases() -> list[Case]:
+    """Calls that together reach every kernel in every shape of tile, dtype and feature that the product launches."""
+    half, full = torch.bfloat16, torch.float32
+    return [
+        Case("1Mx64 bf16", _layer_norm(1 << 20, 64, half, "")),
+        Case("8192x1024 bf16 fp32-params", _layer_norm(8192, 1024, half, "", full)),
+        Case("4096x4096 bf16", _layer_norm(4096, 4096, half, "")),
+        Case("4096x4096 fp32", _layer_norm(4096, 4096, full, "")),
+        Case("4096x4096 bf16 residual+dropout", _layer_norm(4096, 4096, half, "residual dropout")),
+        Case("4096x4096 fp16 rms", _layer_norm(4096, 4096, torch.float16, "rms")),
+        Case("4096x8192 fp32 residual+dropout", _layer_norm(4096, 8192, full, "residual dropout")),
+        Case("4096x8192 bf16", _layer_norm(4096, 8192, half, "")),
+        Case("1024x16384 bf16 residual+dropout", _layer_norm(1024, 16384, half, "residual dropout")),
+        Case("1024x16384 fp32", _layer_norm(1024, 16384, full, "")),
+        Case("64x131072 bf16 residual+dropout", _layer_norm(64, 131072, half, "residual dropout")),
+        Case("64x131072 fp32 rms", _layer_norm(64, 131072, full, "rms")),
+    ]
+
+
+class _Driver:
+    """What Triton asks of a driver before it launches: the target.  Each architecture poses as its own device."""
+
+    def __init__(self, architecture: int):
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Catcher:
+    """Stands in the place of a kernel: compiles what it is asked to launch."""
+
+    def __init__(self, kernel, compiled: list):
+        self._kernel, self._compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self._compiled.append((self._kernel.fn.__name__, self._kernel.warmup(*args, grid=grid, **options)))
+
+        return launch
+
+
+@contextlib.contextmanager
+def _catching(architecture: int) -> Iterator[list]:
+    from triton.runtime import driver
+
+    from bigkern.ops import _triton_support
+    from bigkern.ops.layer_norm import _triton, _triton_kernels
+
+    class Caught:
+        pass
+
+    compiled: list = []
+    caught = Caught()
+    for name, kernel in vars(_triton_kernels).items():
+        if name.endswith("_kernel"):
+            setattr(caught, name, _Catcher(kernel, compiled))
+    before = driver._active, _triton._loaded_kernels, _triton_support._INTERPRETED_MULTIPROCESSORS
+    driver.set_active(_Driver(architecture))
+    _triton._loaded_kernels, _triton_support._INTERPRETED_MULTIPROCESSORS = caught, _MULTIPROCESSORS
+    try:
+        yield compiled
+    finally:
+        driver._active, _triton._loaded_kernels, _triton_support._INTERPRETED_MULTIPROCESSORS = before
+
+
+def _cuobjdump(option: str, file: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(cubin: bytes) -> dict[str, int]:
+    """Registers, local memory in bytes, and counts of instructions of the one kernel in a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", file)))
+        counts: collections.Counter[str] = collections.Counter(dict.fromkeys(["instructions", *_INSTRUCTIONS], 0))
+        for line in _cuobjdump("-sass", file).splitlines():
+            if found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
+                counts["instructions"] += 1
+                for name, pattern in _INSTRUCTIONS.items():
+                    counts[name] += re.match(pattern, found[1]) is not None
+    return {"registers": int(usage["REG"]), "local": int(usage["STACK"]) + int(usage["LOCAL"]), **counts}
+
+
+def compile_case(case: Case, architecture: int) -> list[dict]:
+    """One row a kernel that the call launches: what was compiled for the architecture (80, 90, ...), and its figures."""
+    with _catching(architecture) as compiled:
+        case.call()
+    return [
+        {
+            "kernel": name,
+            "case": case.name,
+            "arch": f"sm_{architecture}",
+            "threads": kernel.metadata.num_warps * 32,
+            "shared": kernel.metadata.shared,
+            **inspect(kernel.asm["cubin"]),
+        }
+        for name, kernel in compiled
+    ]
+
+
+def static_report(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
+    """Every kernel of every case for every architecture, for tables."""
+    return [row for case in cases() for architecture in architectures for row in compile_case(case, architecture)]
