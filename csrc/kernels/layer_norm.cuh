@@ -6,7 +6,7 @@
 //     output = h weight + bias
 // Backward, with g = grad_output weight:
 //     grad_s        = rstd (g - sum(g) / cols - h sum(g h) / cols) + grad_summed          (rms: without the sum(g) term)
-//     grad_residual = grad_s              grad_input  = grad_s times the dropout factor
+//     grad_residual = grad_s              grad_input = dropout(grad_s), the same mask
 //     grad_weight   = sum over rows of grad_output h        grad_bias = sum over rows of grad_output
 //
 // Floors: both directions are bound by memory. Forward reads and writes the matrix once, 2 rows cols sizeof(T) bytes,
@@ -106,38 +106,42 @@ __device__ __forceinline__ void load_parameter(const void* parameter, int64_t fi
   }
 }
 
-// What dropout multiplies elements `element` .. + V with (counted over the whole matrix): dropout_scale or 0. A factor,
-// not a choice, so that a dropped NaN stays one, as in torch.
-template <int V, class Params>
-__device__ __forceinline__ void dropout_factors(const Params& p, int64_t element, float (&factors)[V]) {
-  if (p.philox == nullptr) {
-#pragma unroll
-    for (int j = 0; j < V; j++) factors[j] = 1.0f;
-    return;
-  }
-  const uint64_t seed = p.philox[0], offset = p.philox[1];
-  if constexpr (V >= 4) {  // V divides cols, so a vector is whole groups of four
-#pragma unroll
-    for (int j = 0; j < V; j += 4) {
-      const uint4 words = philox4x32_10(seed, static_cast<uint64_t>(element + j) / 4, offset);
-      factors[j] = uniform(words.x) > p.dropout_p ? p.dropout_scale : 0.0f;
-      factors[j + 1] = uniform(words.y) > p.dropout_p ? p.dropout_scale : 0.0f;
-      factors[j + 2] = uniform(words.z) > p.dropout_p ? p.dropout_scale : 0.0f;
-      factors[j + 3] = uniform(words.w) > p.dropout_p ? p.dropout_scale : 0.0f;
-    }
-  } else {
-    static_assert(V == 1, "whole groups of four, or single elements");
-    const uint4 words = philox4x32_10(seed, static_cast<uint64_t>(element) / 4, offset);
-    const int which = static_cast<int>(element % 4);
-    const uint32_t word = which == 0 ? words.x : which == 1 ? words.y : which == 2 ? words.z : words.w;
-    factors[0] = uniform(word) > p.dropout_p ? p.dropout_scale : 0.0f;
-  }
-}
-
 // This thread's first column of an item within a tile.
 template <int kLanes, int V>
 __device__ __forceinline__ int item_column(int item, int lane) {
   return (item * kLanes + lane) * V;
+}
+
+// Which of a thread's elements of a tile dropout keeps: element j of item i by bit i V + j. `start` is the tile's first
+// element, counted over the whole matrix. The loop is not unrolled, since the interleaved rounds of several Philox would
+// double the kernel's registers; it runs while the tile's loads are in flight.
+template <int kLanes, int V, int kItems, class Params>
+__device__ __forceinline__ uint32_t kept_elements(const Params& p, int64_t start, int lane, int cols) {
+  static_assert(V == 1 || V % 4 == 0, "single elements, or whole groups of four");
+  static_assert(kItems * V <= 32, "a bit each");
+  if (p.philox == nullptr) return ~0u;
+  const uint64_t seed = p.philox[0], offset = p.philox[1];
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int i = 0; i < kItems; i++) {
+    const int column = item_column<kLanes, V>(i, lane);
+    if (column >= cols) break;
+    const uint64_t element = start + column;
+#pragma unroll
+    for (int j = 0; j < V; j += 4) {  // V > 1 divides cols, so that a vector starts a group of four
+      const uint4 words = philox4x32_10(seed, (element + j) / 4, offset);
+      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+      if constexpr (V == 1) {
+        const int which = static_cast<int>(element % 4);
+        const uint32_t own = which == 0 ? word[0] : which == 1 ? word[1] : which == 2 ? word[2] : word[3];
+        kept |= uint32_t{uniform(own) > p.dropout_p} << i;
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++) kept |= uint32_t{uniform(word[k]) > p.dropout_p} << (i * V + j + k);
+      }
+    }
+  }
+  return kept;
 }
 
 template <int kLanes, class T, int V, int kItems>
@@ -160,15 +164,15 @@ __device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int
   Vec<T, V> residual[kItems];
   load_tile<kLanes>(static_cast<const T*>(p.residual) + row * p.residual_stride + first, lane, cols, residual);
   const int64_t start = row * p.cols + first;
+  const uint32_t kept = kept_elements<kLanes, V, kItems>(p, start, lane, cols);
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kLanes, V>(i, lane);
     if (column < cols) {
-      float factors[V];
-      dropout_factors<V>(p, start + column, factors);
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        tile[i].v[j] = from_float<T>(to_float(tile[i].v[j]) * factors[j] + to_float(residual[i].v[j]));
+        const float dropped = kept >> (i * V + j) & 1 ? to_float(tile[i].v[j]) * p.dropout_scale : 0.0f;
+        tile[i].v[j] = from_float<T>(dropped + to_float(residual[i].v[j]));
       }
       store_vec<T, V>(static_cast<T*>(p.summed) + start + column, tile[i]);
     }
@@ -548,8 +552,8 @@ struct SharedSums {
 template <class W, int kLanes, class T, int V, int kItems, class Sums>
 __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p, int64_t row, int64_t first, int lane,
                                                 int cols, const BackwardTile<T, V, kItems>& tile,
-                                                const Vec<T, V> (&grad_summed)[kItems], float mean_g, float mean_gh,
-                                                Sums& sums) {
+                                                const Vec<T, V> (&grad_summed)[kItems], uint32_t kept, float mean_g,
+                                                float mean_gh, Sums& sums) {
   const int64_t start = row * p.cols + first;
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
@@ -572,10 +576,8 @@ __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p
 #pragma unroll
         for (int j = 0; j < V; j++) out.v[j] = from_float<T>(result[j]);
         store_vec<T, V>(static_cast<T*>(p.grad_residual) + start + column, out);
-        float factors[V];
-        dropout_factors<V>(p, start + column, factors);
 #pragma unroll
-        for (int j = 0; j < V; j++) result[j] *= factors[j];
+        for (int j = 0; j < V; j++) result[j] = kept >> (i * V + j) & 1 ? result[j] * p.dropout_scale : 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < V; j++) out.v[j] = from_float<T>(result[j]);
@@ -673,9 +675,10 @@ __device__ __forceinline__ void backward_rows(const LayerNormBackwardParams& p, 
     load_backward<kLanes>(p, row + rows.step, first_column, lane, next_cols, next);
     Vec<T, V> grad_summed[kItems];
     load_grad_summed<kLanes>(p, row, first_column, lane, cols, grad_summed);
+    const uint32_t kept = kept_elements<kLanes, V, kItems>(p, row * p.cols + first_column, lane, cols);
     const float2 means = row_means(tile, row, cols);
-    store_gradients<W, kLanes>(p, row, first_column, lane, cols, tile, grad_summed, p.rms ? 0.0f : means.x, means.y,
-                               sums);
+    store_gradients<W, kLanes>(p, row, first_column, lane, cols, tile, grad_summed, kept, p.rms ? 0.0f : means.x,
+                               means.y, sums);
   }
 }
 
@@ -724,7 +727,7 @@ struct PartialSums {
 
 // A persistent grid; kThreads / kLanes rows a block at a time, parameter sums in registers.
 template <class T, class W, int V, int kLanes, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 512 / kThreads)
     layer_norm_backward_kernel(const LayerNormBackwardParams p, layer_norm::PartialSums partial) {
   using namespace layer_norm;
   constexpr int kItems = kBackwardItems<V>, kRows = kThreads / kLanes;

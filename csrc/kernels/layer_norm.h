@@ -27,7 +27,7 @@ struct LayerNormForwardParams {
   float* rstd;              // rows
   const int64_t* philox;    // seed and offset, or null: no dropout
   float dropout_p;          // an element is kept when its uniform number in (0, 1] is greater than this
-  float dropout_scale;      // 1 / (1 - dropout_p), the factor of kept elements
+  float dropout_scale;      // 1 / (1 - dropout_p), the factor of kept elements; 1 without dropout
   int64_t rows, cols;       // both positive
   float eps;                //
   bool rms;                 // root mean square: neither mean nor bias
