@@ -9,8 +9,10 @@ namespace {
 using namespace emulator;
 
 void complete(const CopyRequest& request) {
-  record_access(current, request.source, static_cast<size_t>(request.copied), Access::kRead);
-  record_access(current, request.destination, static_cast<size_t>(request.bytes), Access::kWrite);
+  record_access(current, request.source, static_cast<size_t>(request.copied), Access::kRead, Proxy::kGeneric,
+                request.where);
+  record_access(current, request.destination, static_cast<size_t>(request.bytes), Access::kWrite, Proxy::kGeneric,
+                request.where);
   char* destination = static_cast<char*>(request.destination);
   if (request.copied > 0) std::memcpy(destination, request.source, static_cast<size_t>(request.copied));
   std::memset(destination + request.copied, 0, static_cast<size_t>(request.bytes - request.copied));
@@ -23,8 +25,8 @@ void cp_async16(void* destination, const void* source, bool pred, Where where) {
   constexpr int kBytes = 16;
   check_shared(destination, kBytes, kBytes, "cp_async16", where);
   if (pred) check_global_alignment(source, kBytes, "cp_async16", where);
-  record_copy_issue(current, destination, kBytes);
-  const CopyRequest request{destination, source, kBytes, pred ? kBytes : 0};
+  record_copy_issue(current, destination, kBytes, Proxy::kGeneric, where);
+  const CopyRequest request{destination, source, kBytes, pred ? kBytes : 0, where};
   if (current->copy_interval.late()) {
     current->open_copies.push_back(request);
   } else {

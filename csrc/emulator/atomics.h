@@ -21,7 +21,7 @@ template <class T, class Update>
 BK_UNINSTRUMENTED T atomic_update(const char* operation, T* p, Where where, Update update) {
   RuntimeScope scope;
   check_atomic(p, sizeof(T), operation, where);
-  record_access(current, p, sizeof(T), Access::kAtomic);
+  record_access(current, p, sizeof(T), Access::kAtomic, Proxy::kGeneric, where);
   relaxed_update(current, p);
   T old, next;
   __atomic_load(p, &old, __ATOMIC_SEQ_CST);
@@ -61,7 +61,7 @@ template <class T>
 BK_UNINSTRUMENTED T ordered_load(const char* operation, const T* p, bool acquire, Where where) {
   RuntimeScope scope;
   check_global_alignment(p, sizeof(T), operation, where);
-  record_access(current, p, sizeof(T), Access::kAtomic);
+  record_access(current, p, sizeof(T), Access::kAtomicRead, Proxy::kGeneric, where);
   const T value = load_relaxed(p);
   if (acquire) {
     acquire_load(current, p);
@@ -76,7 +76,7 @@ template <class T>
 BK_UNINSTRUMENTED void ordered_store(const char* operation, T* p, T value, bool release, Where where) {
   RuntimeScope scope;
   check_global_alignment(p, sizeof(T), operation, where);
-  record_access(current, p, sizeof(T), Access::kAtomic);
+  record_access(current, p, sizeof(T), Access::kAtomic, Proxy::kGeneric, where);
   if (release) {
     release_store(current, p);
   } else {

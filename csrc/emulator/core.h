@@ -54,6 +54,7 @@ struct CopyRequest {
   const void* source;
   int bytes;
   int copied;  // the rest is filled with zeros
+  Where where;
 };
 
 struct Fiber {
@@ -76,8 +77,8 @@ struct Fiber {
   FiberRace race;
 };
 
-// The running fiber. initial-exec: one load, as threadIdx is read everywhere. Fibers never change their OS thread.
-extern __thread Fiber* current __attribute__((tls_model("initial-exec")));
+// The running fiber. Fibers never change their OS thread.
+extern __thread Fiber* current;
 
 // Marks the running fiber as executing emulator code while it lives.
 class RuntimeScope {

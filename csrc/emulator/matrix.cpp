@@ -30,13 +30,13 @@ template <int kTiles>
 void load_tiles(const char* operation, uint32_t* registers, const void* row, bool transposed, Where where) {
   if (current->lane < kTile * kTiles) check_shared(row, 16, 16, operation, where);
   TileRequest mine{registers, const_cast<void*>(row)};
-  warp_collective(operation, 0xffffffffu, &mine, where, [transposed](Rendezvous<kWarpSize>& meeting) {
+  warp_collective(operation, 0xffffffffu, &mine, where, [transposed, where](Rendezvous<kWarpSize>& meeting) {
     Fiber* const* lanes = &current->block->fibers[current->warp * kWarpSize];
     for (int t = 0; t < kTiles; t++) {
       uint16_t tile[kTile][kTile];
       for (int i = 0; i < kTile; i++) {
         const void* source = static_cast<TileRequest*>(meeting.argument[t * kTile + i])->row;
-        record_access(lanes[t * kTile + i], source, sizeof(tile[i]), Access::kRead);
+        record_access(lanes[t * kTile + i], source, sizeof(tile[i]), Access::kRead, Proxy::kGeneric, where);
         std::memcpy(tile[i], source, sizeof(tile[i]));
       }
       for (int lane = 0; lane < kWarpSize; lane++) {
@@ -140,7 +140,7 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Where where) {
 void stmatrix_x4(void* row, const uint32_t (&r)[4], Where where) {
   check_shared(row, 16, 16, "stmatrix_x4", where);
   TileRequest mine{const_cast<uint32_t*>(r), row};
-  warp_collective("stmatrix_x4", 0xffffffffu, &mine, where, [](Rendezvous<kWarpSize>& meeting) {
+  warp_collective("stmatrix_x4", 0xffffffffu, &mine, where, [where](Rendezvous<kWarpSize>& meeting) {
     Fiber* const* lanes = &current->block->fibers[current->warp * kWarpSize];
     for (int t = 0; t < 4; t++) {
       uint32_t tile[kTile][kTile / 2];
@@ -149,7 +149,7 @@ void stmatrix_x4(void* row, const uint32_t (&r)[4], Where where) {
       }
       for (int i = 0; i < kTile; i++) {
         void* target = static_cast<TileRequest*>(meeting.argument[t * kTile + i])->row;
-        record_access(lanes[t * kTile + i], target, sizeof(tile[i]), Access::kWrite);
+        record_access(lanes[t * kTile + i], target, sizeof(tile[i]), Access::kWrite, Proxy::kGeneric, where);
         std::memcpy(target, tile[i], sizeof(tile[i]));
       }
     }

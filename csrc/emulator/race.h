@@ -22,7 +22,7 @@ namespace bigkern::emulator {
 struct Block;
 struct Fiber;
 
-enum class Access { kRead, kWrite, kAtomic };
+enum class Access { kRead, kWrite, kAtomic, kAtomicRead };
 // TMA and wgmma reach shared memory through the asynchronous proxy, for which a thread's own writes become visible
 // only by its fence.proxy.async.
 enum class Proxy { kGeneric, kAsync };
@@ -62,13 +62,16 @@ struct SyncClock {
   uint32_t generation = 0;
   std::vector<uint32_t> clocks;
   KnowledgePtr foreign;
+  KnowledgePtr released;  // fences made before: they count for the atomics of whoever acquires
 };
 
 // An access by emulated hardware on behalf of a fiber: a copy, a matrix load, an atomic. Also counts the bytes.
-void record_access(Fiber* fiber, const void* address, size_t bytes, Access access, Proxy proxy = Proxy::kGeneric);
+void record_access(Fiber* fiber, const void* address, size_t bytes, Access access, Proxy proxy = Proxy::kGeneric,
+                   Where where = {});
 
 // An asynchronous write begins: until its kWrite is recorded nobody may touch the bytes.
-void record_copy_issue(Fiber* fiber, const void* address, size_t bytes, Proxy proxy = Proxy::kGeneric);
+void record_copy_issue(Fiber* fiber, const void* address, size_t bytes, Proxy proxy = Proxy::kGeneric,
+                       Where where = {});
 
 void happens_before_release(SyncClock& clock, Fiber* fiber);
 void happens_before_acquire(const SyncClock& clock, Fiber* fiber);
@@ -92,8 +95,8 @@ void race_start_block(Block& block);
 struct FiberRace {};
 struct BlockRace {};
 struct SyncClock {};
-inline void record_access(Fiber*, const void*, size_t, Access, Proxy = Proxy::kGeneric) {}
-inline void record_copy_issue(Fiber*, const void*, size_t, Proxy = Proxy::kGeneric) {}
+inline void record_access(Fiber*, const void*, size_t, Access, Proxy = Proxy::kGeneric, Where = {}) {}
+inline void record_copy_issue(Fiber*, const void*, size_t, Proxy = Proxy::kGeneric, Where = {}) {}
 inline void happens_before_release(SyncClock&, Fiber*) {}
 inline void happens_before_acquire(const SyncClock&, Fiber*) {}
 inline void happens_before_join(Fiber* const*, int) {}

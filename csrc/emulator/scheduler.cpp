@@ -16,7 +16,7 @@
 
 namespace bigkern::emulator {
 
-__thread Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
+__thread Fiber* current = nullptr;
 
 namespace {
 

@@ -82,6 +82,7 @@ class Scheduler {
 
   ReadyQueue& queue() { return queue_; }
   const Options& options() const { return launch_->options; }
+  const Stack& host_stack() const { return host_.stack; }
 
  private:
   static void fiber_entry();
