@@ -1,0 +1,1 @@
+"""How fast the kernels are beside their peers: ``python -m benchmarks --help``, ``pytest benchmarks``."""

@@ -1,0 +1,129 @@
+"""Layer norm, RMS norm and residual add with layer norm: shapes, counted bytes and FLOP, peers, compiled plans."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import Candidate, Problem, Refused, compile_candidate, eager_candidate
+from bigkern.ops._case import Case, Inputs, Outputs
+from bigkern.ops.layer_norm._cases import make_case
+
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm")
+
+# rows x cols of the documents' models: Transformer classifier (32 texts of 200 tokens, embedding 64), Transformer on
+# features (32 x 10, hidden 256), BERT base (32 x 128, 768).
+DOCUMENT_SHAPES = ((6400, 64), (320, 256), (4096, 768))
+SHAPES = {
+    "cuda": ((4096, 4096), (4096, 8192), (8192, 12288), (1 << 20, 64), (64, 131072), *DOCUMENT_SHAPES),
+    "cpu": ((512, 1024), (128, 8192), (16384, 64), (8, 131072), *DOCUMENT_SHAPES),
+    "tiny": ((8, 64), (3, 1000)),
+}
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+    "cpu": (torch.float32, torch.bfloat16),
+    "tiny": (torch.float32,),
+}
+
+# Arithmetic an element, forward and backward; every one of these is bound by memory, so they only fill a column.
+_FLOPS = {"layer_norm": (8, 13), "rms_norm": (5, 10), "add_layer_norm": (9, 14)}
+
+
+def problems(functions: tuple[str, ...], shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]) -> list[Problem]:
+    """Every combination.  A shape is (rows, cols)."""
+    found = []
+    for function in functions:
+        for rows, cols in shapes:
+            for dtype in dtypes:
+                found.append(
+                    Problem(
+                        case=make_case(function, rows, cols),
+                        shape=f"{rows}x{cols}",
+                        dtype=dtype,
+                        bytes=count_bytes(function, rows, cols, dtype.itemsize),
+                        flops=count_flops(function, rows, cols),
+                    )
+                )
+    return found
+
+
+def count_bytes(function: str, rows: int, cols: int, itemsize: int) -> dict[str, int]:
+    """What must move at least: every operand read once, every result written once.
+
+    Row statistics are left out: a backward could take them again from the rows that it reads.
+    """
+    tensor, parameter = rows * cols * itemsize, cols * itemsize
+    parameters = 1 if function == "rms_norm" else 2
+    if function == "add_layer_norm":
+        # input, residual -> output, summed; backward: grad_output, grad_summed, summed -> one gradient for both inputs
+        moved = {"forward": 4 * tensor, "backward": 4 * tensor}
+    else:
+        moved = {"forward": 2 * tensor, "backward": 3 * tensor}
+    # The forward reads weight and bias; the backward reads the weight and writes their gradients.
+    return {
+        "forward": moved["forward"] + parameters * parameter,
+        "backward": moved["backward"] + (1 + parameters) * parameter,
+    }
+
+
+def count_flops(function: str, rows: int, cols: int) -> dict[str, int]:
+    forward, backward = _FLOPS[function]
+    return {"forward": forward * rows * cols, "backward": backward * rows * cols}
+
+
+def peers() -> dict[str, Callable[[], Candidate]]:
+    """Name -> maker; a maker raises ImportError where its package is not installed."""
+    return {
+        "torch": eager_candidate,
+        "torch.compile": compile_candidate,
+        "liger": _liger,
+        "apex": _apex,
+        "quack": _quack,
+    }
+
+
+def _liger() -> Candidate:
+    layer_norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+    rms_norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+
+    def prepare(case: Case) -> Callable[[Inputs], Outputs]:
+        if case.function == "layer_norm":
+            return lambda t: {"output": layer_norm.apply(t["input"], t["weight"], t["bias"], 1e-5)}
+        if case.function == "rms_norm":
+            # Its default writes the input's gradient over grad_output, which the other candidates still need.
+            return lambda t: {"output": rms_norm.apply(t["input"], t["weight"], 1e-5, 0.0, "llama", False)}
+        raise Refused("Liger has no residual add with layer norm")
+
+    return Candidate("liger", prepare)
+
+
+def _apex() -> Candidate:
+    fused = importlib.import_module("apex.normalization.fused_layer_norm")
+
+    def prepare(case: Case) -> Callable[[Inputs], Outputs]:
+        if case.function == "layer_norm":
+            return lambda t: {
+                "output": fused.fused_layer_norm_affine(
+                    t["input"], t["weight"], t["bias"], tuple(t["weight"].shape), 1e-5
+                )
+            }
+        if case.function == "rms_norm":
+            return lambda t: {
+                "output": fused.fused_rms_norm_affine(t["input"], t["weight"], tuple(t["weight"].shape), 1e-5)
+            }
+        raise Refused("Apex has no residual add with layer norm")
+
+    return Candidate("apex", prepare)
+
+
+def _quack() -> Candidate:
+    rmsnorm = importlib.import_module("quack").rmsnorm
+
+    def prepare(case: Case) -> Callable[[Inputs], Outputs]:
+        if case.function == "rms_norm":
+            return lambda t: {"output": rmsnorm(t["input"], t["weight"], eps=1e-5)}
+        raise Refused("quack trains RMS norm only")
+
+    return Candidate("quack", prepare)

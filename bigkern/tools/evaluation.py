@@ -1,0 +1,242 @@
+"""Runs an op's cases against float64: the errors by which self-check, accuracy report and benchmarks judge.
+
+The rule (CONTRIBUTING.md, numerics): with torch in float64 on the same values as the reference, a kernel's error may be
+at most twice torch's own error in the same dtype, plus one unit in the last place of that dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import math
+import pkgutil
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+import bigkern.ops
+from bigkern.ops._case import Case, Inputs, Outputs
+
+
+class Errors(NamedTuple):
+    """Distance of a result from the reference, relative to the reference: in the 2-norm, and in the largest element."""
+
+    norm: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output or gradient of one case: this backend's errors beside torch's own in the same dtype."""
+
+    op: str
+    function: str
+    case: str
+    quantity: str
+    dtype: torch.dtype
+    backend: str
+    kernel: Errors
+    torch: Errors
+    limit: Errors
+
+    @property
+    def passed(self) -> bool:
+        return self.kernel.norm <= self.limit.norm and self.kernel.max <= self.limit.max
+
+    @property
+    def ratios(self) -> Errors:
+        return Errors(_ratio(self.kernel.norm, self.torch.norm), _ratio(self.kernel.max, self.torch.max))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case}, {dtype_name(self.dtype)}, {self.quantity}: error {self.kernel.norm:.2e} (norm) "
+            f"{self.kernel.max:.2e} (max), allowed {self.limit.norm:.2e} and {self.limit.max:.2e}"
+        )
+
+
+def discover() -> dict[str, list[Case]]:
+    """Every op that lists cases, by name, in alphabetical order."""
+    found = {}
+    for module in pkgutil.iter_modules(bigkern.ops.__path__):
+        name = f"{bigkern.ops.__name__}.{module.name}._cases"
+        if module.ispkg and importlib.util.find_spec(name):
+            found[module.name] = importlib.import_module(name).cases()
+    return dict(sorted(found.items()))
+
+
+def runnable(device: torch.device | str) -> tuple[list[str], dict[str, str]]:
+    """The backends that can run on ``device``, and for each of the others the reason why not."""
+    running, not_run = [], {}
+    for name, state in bigkern.backends().items():
+        if not state.available:
+            not_run[name] = state.reason
+        elif name != "torch" and torch.device(device).type == "cpu":
+            not_run[name] = "its kernels need a GPU, and this run is on the CPU"
+        else:
+            running.append(name)
+    return running, not_run
+
+
+def errors(actual: torch.Tensor, reference: torch.Tensor) -> Errors:
+    """Relative errors of ``actual``; infinite where it has another shape or is not finite where the reference is."""
+    if actual.shape != reference.shape:
+        return Errors(math.inf, math.inf)
+    if reference.numel() == 0:
+        return Errors(0.0, 0.0)
+    difference = actual.double() - reference
+    if not difference.isfinite().all():
+        # Equal infinities differ by NaN; a NaN where the reference has one is right.
+        same = (actual == reference) | (actual.isnan() & reference.isnan())
+        difference, reference = (torch.where(same, 0, tensor) for tensor in (difference, reference))
+        if not difference.isfinite().all():
+            return Errors(math.inf, math.inf)
+    return Errors(
+        _relative(difference.norm().item(), reference.norm().item()),
+        _relative(difference.abs().max().item(), reference.abs().max().item()),
+    )
+
+
+def limit(torch_errors: Errors, dtype: torch.dtype, factor: float = 2.0) -> Errors:
+    """What the rule allows a kernel whose result has ``dtype``."""
+    ulp = torch.finfo(dtype).eps
+    return Errors(factor * torch_errors.norm + ulp, factor * torch_errors.max + ulp)
+
+
+def to_float64(inputs: Inputs) -> Inputs:
+    """The same values in float64; integer tensors and plain values are passed on."""
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def run(
+    function: Callable[[Inputs], Outputs], inputs: Inputs, gradients: Sequence[str], cotangents: Outputs
+) -> Outputs:
+    """A function's outputs, and its gradients as ``grad_<input>``."""
+    leaves = {
+        name: value.detach().requires_grad_(name in gradients) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    outputs = function(leaves)
+    grads = torch.autograd.grad(
+        list(outputs.values()), [leaves[name] for name in gradients], [cotangents[name] for name in outputs]
+    )
+    results = {name: output.detach() for name, output in outputs.items()}
+    results.update({f"grad_{name}": grad for name, grad in zip(gradients, grads, strict=True)})
+    return results
+
+
+def make_cotangents(outputs: Outputs, seed: int) -> Outputs:
+    """Random gradients of the outputs, in their dtypes."""
+    result = {}
+    for index, (name, output) in enumerate(outputs.items()):
+        generator = torch.Generator(output.device).manual_seed(seed + 7919 * (index + 1))
+        result[name] = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
+    return result
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs of a case with the right answer and torch's own error: computed once, compared with every backend."""
+
+    inputs: Inputs
+    cotangents: Outputs
+    exact: Outputs
+    torch_errors: dict[str, Errors]
+
+
+def make_reference(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int) -> Reference:
+    inputs = case.make_inputs(dtype, device, seed)
+    with torch.no_grad():
+        cotangents = make_cotangents(case.reference(inputs), seed)
+    exact = run(case.reference, to_float64(inputs), case.gradients, to_float64(cotangents))
+    own = run(case.reference, inputs, case.gradients, cotangents)
+    return Reference(inputs, cotangents, exact, {name: errors(own[name], exact[name]) for name in exact})
+
+
+def compare(op: str, case: Case, dtype: torch.dtype, backend: str, reference: Reference) -> list[Comparison]:
+    """Runs ``case`` on ``backend`` and compares each output and gradient.  Raises what the backend raises."""
+    with bigkern.use_backend(backend), uninitialised_memory_is_nan():
+        actual = run(case.call, reference.inputs, case.gradients, reference.cotangents)
+    missing = set(reference.exact) ^ set(actual)
+    if missing:
+        raise RuntimeError(f"{case.name}: outputs differ from the reference's: {', '.join(sorted(missing))}")
+    return [
+        Comparison(
+            op=op,
+            function=case.function,
+            case=case.name,
+            quantity=name,
+            dtype=dtype,
+            backend=backend,
+            kernel=errors(actual[name], exact),
+            torch=reference.torch_errors[name],
+            limit=limit(reference.torch_errors[name], actual[name].dtype),
+        )
+        for name, exact in reference.exact.items()
+    ]
+
+
+@contextlib.contextmanager
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Fills every new tensor with NaN, so that an element which a kernel leaves unwritten shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: torch.device | str) -> str:
+    """The hardware's own name, for tables and file names."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({_cpu_model()}, {torch.get_num_threads()} threads)"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``bf16`` or ``bfloat16``; for argparse's ``type=``."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if name in (dtype_name(dtype), str(dtype).removeprefix("torch.")):
+            return dtype
+    raise argparse.ArgumentTypeError(f"dtype is bf16, fp16 or fp32, got {name!r}")
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _relative(distance: float, size: float) -> float:
+    return distance / size if size > 0 else distance
+
+
+def _ratio(kernel: float, own: float) -> float:
+    if kernel == own:
+        return 1.0
+    return kernel / own if own > 0 else math.inf
