@@ -49,6 +49,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 namespace bigkern {
 namespace layer_norm {
@@ -64,6 +65,21 @@ template <int V>
 constexpr int kBackwardItems = V > 1 ? 2 : 8;
 
 // ---- Per-thread pieces ----
+
+// A vector that a thread keeps, in whole 32-bit registers: as a Vec of 16-bit elements that lives through a branch or a
+// loop it would take a register an element.
+template <class T, int V>
+struct Held {
+  using Word = std::conditional_t<sizeof(T) * V == 16, uint4, Vec<T, V>>;
+  Word word;
+
+  __device__ __forceinline__ Vec<T, V> get() const {
+    Vec<T, V> values;
+    *reinterpret_cast<Word*>(&values) = word;
+    return values;
+  }
+  __device__ __forceinline__ void set(const Vec<T, V>& values) { word = *reinterpret_cast<const Word*>(&values); }
+};
 
 // The sums of each of the values over the kLanes threads of a row, in all of them. A row of more than one warp takes one
 // block barrier; a caller that loops alternates `buffer` between 0 and 1, so that a late reader finds its values still
@@ -145,11 +161,11 @@ __device__ __forceinline__ uint32_t kept_elements(const Params& p, int64_t start
 }
 
 template <int kLanes, class T, int V, int kItems>
-__device__ __forceinline__ void load_tile(const T* tile_start, int lane, int cols, Vec<T, V> (&tile)[kItems]) {
+__device__ __forceinline__ void load_tile(const T* tile_start, int lane, int cols, Held<T, V> (&tile)[kItems]) {
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kLanes, V>(i, lane);
-    if (column < cols) tile[i] = load_vec_streaming<T, V>(tile_start + column);
+    if (column < cols) tile[i].set(load_vec_streaming<T, V>(tile_start + column));
   }
 }
 
@@ -158,10 +174,10 @@ __device__ __forceinline__ void load_tile(const T* tile_start, int lane, int col
 // Loads the tile of `cols` columns from column `first` of a row; with a residual, forms the sum and stores it.
 template <int kLanes, class T, int V, int kItems>
 __device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int64_t row, int64_t first, int lane, int cols,
-                                            Vec<T, V> (&tile)[kItems]) {
+                                            Held<T, V> (&tile)[kItems]) {
   load_tile<kLanes>(static_cast<const T*>(p.input) + row * p.input_stride + first, lane, cols, tile);
   if (p.residual == nullptr) return;
-  Vec<T, V> residual[kItems];
+  Held<T, V> residual[kItems];
   load_tile<kLanes>(static_cast<const T*>(p.residual) + row * p.residual_stride + first, lane, cols, residual);
   const int64_t start = row * p.cols + first;
   const uint32_t kept = kept_elements<kLanes, V, kItems>(p, start, lane, cols);
@@ -169,12 +185,15 @@ __device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kLanes, V>(i, lane);
     if (column < cols) {
+      Vec<T, V> sum = tile[i].get();
+      const Vec<T, V> addend = residual[i].get();
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float dropped = kept >> (i * V + j) & 1 ? to_float(tile[i].v[j]) * p.dropout_scale : 0.0f;
-        tile[i].v[j] = from_float<T>(dropped + to_float(residual[i].v[j]));
+        const float dropped = kept >> (i * V + j) & 1 ? to_float(sum.v[j]) * p.dropout_scale : 0.0f;
+        sum.v[j] = from_float<T>(dropped + to_float(addend.v[j]));
       }
-      store_vec<T, V>(static_cast<T*>(p.summed) + start + column, tile[i]);
+      tile[i].set(sum);
+      store_vec<T, V>(static_cast<T*>(p.summed) + start + column, sum);
     }
   }
 }
@@ -194,15 +213,16 @@ __device__ __forceinline__ Moments corrected_moments(float center, const float (
 }
 
 template <int kLanes, int kThreads, class T, int V, int kItems>
-__device__ __forceinline__ Moments tile_moments(const Vec<T, V> (&tile)[kItems], int lane, int cols, bool rms) {
+__device__ __forceinline__ Moments tile_moments(const Held<T, V> (&tile)[kItems], int lane, int cols, bool rms) {
   float center = 0.0f;
   if (!rms) {
     float sum[1] = {0.0f};
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       if (item_column<kLanes, V>(i, lane) < cols) {
+        const Vec<T, V> x = tile[i].get();
 #pragma unroll
-        for (int j = 0; j < V; j++) sum[0] += to_float(tile[i].v[j]);
+        for (int j = 0; j < V; j++) sum[0] += to_float(x.v[j]);
       }
     }
     row_sum<kLanes, kThreads>(sum);
@@ -212,9 +232,10 @@ __device__ __forceinline__ Moments tile_moments(const Vec<T, V> (&tile)[kItems],
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     if (item_column<kLanes, V>(i, lane) < cols) {
+      const Vec<T, V> x = tile[i].get();
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float difference = to_float(tile[i].v[j]) - center;
+        const float difference = to_float(x.v[j]) - center;
         sums[0] += difference;
         sums[1] += difference * difference;
       }
@@ -258,14 +279,14 @@ __global__ void __launch_bounds__(kThreads) layer_norm_forward_kernel(const Laye
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
   // A group past the last row has no columns; it only takes part in its warp's shuffles.
   const int cols = row < p.rows ? static_cast<int>(p.cols) : 0;
-  Vec<T, V> tile[kForwardItems<V>];
+  Held<T, V> tile[kForwardItems<V>];
   load_summed<kLanes>(p, row, 0, lane, cols, tile);
   const Moments moments = tile_moments<kLanes, kThreads>(tile, lane, cols, p.rms);
   const float rstd = reciprocal_deviation(p, moments);
 #pragma unroll
   for (int i = 0; i < kForwardItems<V>; i++) {
     const int column = item_column<kLanes, V>(i, lane);
-    if (column < cols) store_normalised<W>(p, row, 0, column, tile[i], moments, rstd);
+    if (column < cols) store_normalised<W>(p, row, 0, column, tile[i].get(), moments, rstd);
   }
   if (lane == 0 && cols > 0) store_statistics(p, row, moments, rstd);
 }
@@ -283,15 +304,16 @@ __global__ void __launch_bounds__(kThreads) layer_norm_forward_shared_kernel(con
   float sum[1] = {0.0f};
   for (int first = 0; first < cols; first += kTileCols) {
     const int tile_cols = min(cols - first, kTileCols);
-    Vec<T, V> tile[kItems];
+    Held<T, V> tile[kItems];
     load_summed<kThreads>(p, row, first, lane, tile_cols, tile);
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       const int column = item_column<kThreads, V>(i, lane);
       if (column < tile_cols) {
-        store_vec<T, V>(held + first + column, tile[i]);
+        const Vec<T, V> x = tile[i].get();
+        store_vec<T, V>(held + first + column, x);
 #pragma unroll
-        for (int j = 0; j < V; j++) sum[0] += to_float(tile[i].v[j]);
+        for (int j = 0; j < V; j++) sum[0] += to_float(x.v[j]);
       }
     }
   }
@@ -342,7 +364,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kItems = kForwardItems<V>, kTileCols = kThreads * kItems * V;
   const int64_t row = chunks.begin + blockIdx.x / chunks.chunks, chunk = blockIdx.x % chunks.chunks;
   const int cols = chunk_cols<kTileCols>(p.cols, chunk);
-  Vec<T, V> tile[kItems];
+  Held<T, V> tile[kItems];
   load_summed<kThreads>(p, row, chunk * kTileCols, threadIdx.x, cols, tile);
   const Moments moments = tile_moments<kThreads, kThreads>(tile, threadIdx.x, cols, p.rms);
   if (threadIdx.x == 0) partial[blockIdx.x] = make_float2(moments.center + moments.correction, moments.squares);
@@ -358,7 +380,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x, cols = chunk_cols<kTileCols>(p.cols, chunk);
   const T* source = p.residual == nullptr ? static_cast<const T*>(p.input) + row * p.input_stride
                                           : static_cast<const T*>(p.summed) + row * p.cols;
-  Vec<T, V> tile[kItems];
+  Held<T, V> tile[kItems];
   load_tile<kThreads>(source + chunk * kTileCols, lane, cols, tile);
 
   const float2* parts = partial + (blockIdx.x - chunk);
@@ -380,7 +402,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kThreads, V>(i, lane);
-    if (column < cols) store_normalised<W>(p, row, chunk * kTileCols, column, tile[i], moments, rstd);
+    if (column < cols) store_normalised<W>(p, row, chunk * kTileCols, column, tile[i].get(), moments, rstd);
   }
   if (lane == 0 && chunk == 0) store_statistics(p, row, moments, rstd);
 }
@@ -464,7 +486,7 @@ namespace layer_norm {
 // What a thread holds of a row of the backward pass.
 template <class T, int V, int kItems>
 struct BackwardTile {
-  Vec<T, V> x[kItems], grad[kItems];
+  Held<T, V> x[kItems], grad[kItems];
   float mean, rstd;
 };
 
@@ -491,11 +513,12 @@ __device__ __forceinline__ void sum_tile(const LayerNormBackwardParams& p, int64
     if (column < cols) {
       float weight[V];
       load_parameter<W>(p.weight, first, column, 1.0f, weight);
+      const Vec<T, V> x = tile.x[i].get(), grad = tile.grad[i].get();
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float g = to_float(tile.grad[i].v[j]) * weight[j];
+        const float g = to_float(grad.v[j]) * weight[j];
         sums[0] += g;
-        sums[1] += g * ((to_float(tile.x[i].v[j]) - tile.mean) * tile.rstd);
+        sums[1] += g * ((to_float(x.v[j]) - tile.mean) * tile.rstd);
       }
     }
   }
@@ -548,27 +571,49 @@ struct SharedSums {
   }
 };
 
+// grad_summed's tile is loaded ahead, with the row, unless the tile is so large that its registers would spill; then each
+// item as it is needed.
+template <int V, int kItems>
+constexpr bool kLoadsAhead = kItems <= kBackwardItems<V>;
+
+template <int kLanes, class T, int V, int kItems>
+__device__ __forceinline__ void load_grad_summed(const LayerNormBackwardParams& p, int64_t row, int64_t first, int lane,
+                                                 int cols, Held<T, V> (&tile)[kItems]) {
+  if (p.grad_summed == nullptr) return;
+  load_tile<kLanes>(static_cast<const T*>(p.grad_summed) + row * p.grad_summed_stride + first, lane, cols, tile);
+}
+
 // Given the row's means of g and g h: stores the tile's gradients and adds to the parameters' sums.
 template <class W, int kLanes, class T, int V, int kItems, class Sums>
 __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p, int64_t row, int64_t first, int lane,
                                                 int cols, const BackwardTile<T, V, kItems>& tile,
-                                                const Vec<T, V> (&grad_summed)[kItems], uint32_t kept, float mean_g,
+                                                const Held<T, V> (&grad_summed)[kItems], uint32_t kept, float mean_g,
                                                 float mean_gh, Sums& sums) {
   const int64_t start = row * p.cols + first;
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kLanes, V>(i, lane);
     if (column < cols) {
-      float weight[V], grad[V], grad_h[V];
+      float weight[V], grad[V], grad_h[V], result[V];
       load_parameter<W>(p.weight, first, column, 1.0f, weight);
-      float result[V];
+      const Vec<T, V> x = tile.x[i].get(), grad_output = tile.grad[i].get();
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float h = (to_float(tile.x[i].v[j]) - tile.mean) * tile.rstd;
-        grad[j] = to_float(tile.grad[i].v[j]);
+        const float h = (to_float(x.v[j]) - tile.mean) * tile.rstd;
+        grad[j] = to_float(grad_output.v[j]);
         grad_h[j] = grad[j] * h;
         result[j] = (grad[j] * weight[j] - mean_g - h * mean_gh) * tile.rstd;
-        if (p.grad_summed != nullptr) result[j] += to_float(grad_summed[i].v[j]);
+      }
+      if (p.grad_summed != nullptr) {
+        Vec<T, V> addend;
+        if constexpr (kLoadsAhead<V, kItems>) {
+          addend = grad_summed[i].get();
+        } else {
+          addend = load_vec_streaming<T, V>(static_cast<const T*>(p.grad_summed) + row * p.grad_summed_stride + first +
+                                            column);
+        }
+#pragma unroll
+        for (int j = 0; j < V; j++) result[j] += to_float(addend.v[j]);
       }
       sums.add(i, grad_h, grad);
       Vec<T, V> out;
@@ -584,13 +629,6 @@ __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p
       store_vec<T, V>(static_cast<T*>(p.grad_input) + start + column, out);
     }
   }
-}
-
-template <int kLanes, class T, int V, int kItems>
-__device__ __forceinline__ void load_grad_summed(const LayerNormBackwardParams& p, int64_t row, int64_t first, int lane,
-                                                 int cols, Vec<T, V> (&tile)[kItems]) {
-  if (p.grad_summed == nullptr) return;
-  load_tile<kLanes>(static_cast<const T*>(p.grad_summed) + row * p.grad_summed_stride + first, lane, cols, tile);
 }
 
 // Adds the register sums of the block's threads that hold the same columns and stores them as one row of partial sums.
@@ -673,8 +711,8 @@ __device__ __forceinline__ void backward_rows(const LayerNormBackwardParams& p, 
     const int cols = next_cols;
     next_cols = row + rows.step < rows.end ? tile_cols : 0;
     load_backward<kLanes>(p, row + rows.step, first_column, lane, next_cols, next);
-    Vec<T, V> grad_summed[kItems];
-    load_grad_summed<kLanes>(p, row, first_column, lane, cols, grad_summed);
+    Held<T, V> grad_summed[kItems];
+    if constexpr (kLoadsAhead<V, kItems>) load_grad_summed<kLanes>(p, row, first_column, lane, cols, grad_summed);
     const uint32_t kept = kept_elements<kLanes, V, kItems>(p, row * p.cols + first_column, lane, cols);
     const float2 means = row_means(tile, row, cols);
     store_gradients<W, kLanes>(p, row, first_column, lane, cols, tile, grad_summed, kept, p.rms ? 0.0f : means.x,
