@@ -25,7 +25,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Raises or lowers this warpgroup's registers per thread. All its warps call, first thing in their branch.
+// Raises or lowers this warpgroup's registers per thread. All its warps call, first thing in their branch. The kernel
+// needs __launch_bounds__(threads, 1): ptxas ignores setmaxnreg (C7508) where it cannot tell the count at entry.
 template <int kRegisters>
 __device__ __forceinline__ void set_max_registers_inc() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24 to 256 in steps of 8");
