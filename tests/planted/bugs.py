@@ -14,7 +14,7 @@ SCHEDULES = ["forward:1", "reverse:1", "random:1", "random:2", "priority:1", "pr
 class Bug(NamedTuple):
     name: str
     kernel: str
-    """The harness function that runs it: tile_gemm or layer_norm."""
+    """tests/planted/<kernel>.cu and the function of that name in trial.py run it."""
     file: str
     old: str
     new: str
@@ -22,7 +22,7 @@ class Bug(NamedTuple):
     """The build that must catch it: plain (wrong values or a protocol error), asan or race."""
 
 
-TILE = "tests/planted/tile_gemm.cuh"
+TILE = "tests/planted/tile_gemm.cu"
 NORM = "csrc/kernels/layer_norm.cuh"
 
 BUGS = [

@@ -1,6 +1,6 @@
-"""Runs a harness library over schedules and says, for each, whether its results are wrong; in its own process.
+"""Runs a library made from tests/planted over schedules and says what went wrong under each; in its own process.
 
-    python -m tests.planted.trial LIBRARY KERNEL SCHEDULES...
+    python -m tests.planted.trial LIBRARY BUILD KERNEL SCHEDULES...
 
 Prints one JSON object a schedule: {"schedule": "random:3", "caught": null | "what was seen"}.  Stops at the first
 catch; an AddressSanitizer report ends the process instead, and the caller reads it from stderr.
@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
-ORDERS = {"forward": 0, "reverse": 1, "random": 2, "priority": 3}
+from tests import emulated
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -93,17 +94,17 @@ def layer_norm(library: ctypes.CDLL) -> str | None:
     return None
 
 
-def main(path: str, kernel: str, schedules: list[str]) -> None:
-    library = ctypes.CDLL(path)
+def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
+    library = emulated.open_library(Path(path), build)
     run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm}[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")
-        library.set_schedule(ctypes.c_int(ORDERS[order]), ctypes.c_uint64(int(seed)))
-        caught = run(library)
+        library.control.set_options(order=order, seed=int(seed), workers=1)
+        caught = run(library.functions)
         print(json.dumps({"schedule": schedule, "caught": caught}), flush=True)
         if caught:
             return
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])

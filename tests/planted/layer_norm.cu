@@ -1,37 +1,12 @@
-// The entry points the planted-bug trials call through ctypes: the layer norm kernels and the tile kernel, emulated.
+// The entry point through which the planted-bug trials call the layer norm kernels, emulated.
 #include "kernels/layer_norm.cuh"
 
-#include "emulator/options.h"
-#include "tile_gemm.cuh"
-
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-namespace {
-
-int report(int code, char* error, int size) {
-  if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
-  return code;
-}
-
-}  // namespace
-
-extern "C" void set_schedule(int order, uint64_t seed) {
-  auto& options = bigkern::emulator::options();
-  options.order = static_cast<bigkern::emulator::Order>(order);
-  options.seed = seed;
-  options.workers = 1;
-}
-
-extern "C" int run_tile_gemm(const void* a, const void* b, float* c, int m, int n, int k, char* error, int size) {
-  const bigkern::TileGemmParams params{static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c,
-                                       m, n, k};
-  return report(bigkern::tile_gemm(params, nullptr), error, size);
-}
-
-// fp32, no residual: the forward pass, then the backward pass on what it saved.
+// fp32, no residual: the forward pass, then the backward pass on what it saved. 0, or an error code whose message lands
+// in `error`.
 extern "C" int run_layer_norm(const float* input, int64_t input_stride, const float* weight, const float* bias,
                               const float* grad_output, float* output, float* grad_input, float* grad_weight,
                               float* grad_bias, int64_t rows, int64_t cols, char* error, int size) {
@@ -53,9 +28,7 @@ extern "C" int run_layer_norm(const float* input, int64_t input_stride, const fl
   forward.rows = rows;
   forward.cols = cols;
   forward.eps = 1e-5f;
-  if (int code = bigkern::layer_norm_forward<float, float>(forward, nullptr, allocate)) {
-    return report(code, error, size);
-  }
+  int code = bigkern::layer_norm_forward<float, float>(forward, nullptr, allocate);
   bigkern::LayerNormBackwardParams backward{};
   backward.grad_output = grad_output;
   backward.grad_output_stride = cols;
@@ -69,5 +42,7 @@ extern "C" int run_layer_norm(const float* input, int64_t input_stride, const fl
   backward.grad_bias = grad_bias;
   backward.rows = rows;
   backward.cols = cols;
-  return report(bigkern::layer_norm_backward<float, float>(backward, nullptr, allocate), error, size);
+  if (code == 0) code = bigkern::layer_norm_backward<float, float>(backward, nullptr, allocate);
+  if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
+  return code;
 }

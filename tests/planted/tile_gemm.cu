@@ -5,9 +5,9 @@
 //
 //   block: 128 threads, 64 x 64 of C       warp w: rows 32 (w / 2), columns 32 (w % 2)
 //   two stages of A [64][32 + 8] and B [32][64 + 8]; the 16 bytes of padding make ldmatrix free of bank conflicts
-#pragma once
-
 #include "device/device.cuh"
+
+#include <cstring>
 
 namespace bigkern {
 
@@ -105,3 +105,12 @@ inline int tile_gemm(const TileGemmParams& p, Stream stream) {
 }
 
 }  // namespace bigkern
+
+// 0, or an error code whose message lands in `error`.
+extern "C" int run_tile_gemm(const void* a, const void* b, float* c, int m, int n, int k, char* error, int size) {
+  const bigkern::TileGemmParams params{static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c,
+                                       m, n, k};
+  const int code = bigkern::tile_gemm(params, nullptr);
+  if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
+  return code;
+}
