@@ -5,17 +5,17 @@
 //     mean = sum(s) / cols        rstd = 1 / sqrt(sum((s - mean)^2) / cols + eps)        h = (s - mean) rstd
 //     output = h weight + bias
 // Backward, with g = grad_output weight:
-//     grad_s        = rstd (g - sum(g) / cols - h sum(g h) / cols) + grad_summed          (rms: without the sum(g) term)
-//     grad_residual = grad_s              grad_input = dropout(grad_s), the same mask
-//     grad_weight   = sum over rows of grad_output h        grad_bias = sum over rows of grad_output
+//     grad_s        = rstd (g - sum(g) / cols - h sum(g h) / cols) + grad_summed          (rms: without the sum(g)
+//     term) grad_residual = grad_s              grad_input = dropout(grad_s), the same mask grad_weight   = sum over
+//     rows of grad_output h        grad_bias = sum over rows of grad_output
 //
 // Floors: both directions are bound by memory. Forward reads and writes the matrix once, 2 rows cols sizeof(T) bytes,
-// twice that with a residual; backward reads two and writes one, 3 rows cols sizeof(T), plus one for grad_summed and one
-// for the second gradient under dropout. Parameters, mean and rstd are small beside it; so are backward's partial
+// twice that with a residual; backward reads two and writes one, 3 rows cols sizeof(T), plus one for grad_summed and
+// one for the second gradient under dropout. Parameters, mean and rstd are small beside it; so are backward's partial
 // parameter sums, 8 bytes x cols x blocks written and read once, as long as rows >> blocks.
 //
-// Tiling. A group of kLanes threads owns a row; each thread holds kItems vectors of V elements (16 bytes, or one element
-// where a pointer, a row stride or cols is not a multiple of 16 bytes):
+// Tiling. A group of kLanes threads owns a row; each thread holds kItems vectors of V elements (16 bytes, or one
+// element where a pointer, a row stride or cols is not a multiple of 16 bytes):
 //
 //     column   0      V     2V        kLanes V                2 kLanes V
 //              |lane 0|lane 1| ... |lane 0|lane 1| ...        |          neighbouring lanes, neighbouring vectors
@@ -26,8 +26,8 @@
 //
 // Forward, by width: registers up to 2048 vectors (16,384 columns of 16 bits, 8,192 of 32; unvectorised 8,192); the
 // row in shared memory where two blocks fit a multiprocessor; wider rows, and rows too few to occupy the GPU, are cut
-// into chunks: a first kernel reduces each chunk to (mean, squares about it), a second combines the chunks of its row and
-// normalises. The second read of a chunk is served by L2, since the rows of one pair of launches are kept below
+// into chunks: a first kernel reduces each chunk to (mean, squares about it), a second combines the chunks of its row
+// and normalises. The second read of a chunk is served by L2, since the rows of one pair of launches are kept below
 // kWideBytes.
 //
 // Backward: a persistent grid. Each thread keeps its columns' parameter sums over all rows of its block, in registers,
@@ -54,11 +54,12 @@
 namespace bigkern {
 namespace layer_norm {
 
-// Reads of one pair of launches over wide rows: below half of the L2 cache of the large GPUs, above what a launch costs.
+// Reads of one pair of launches over wide rows: below half of the L2 cache of the large GPUs, above what a launch
+// costs.
 constexpr int64_t kWideBytes = 24 << 20;
 
-// Vectors a thread holds: 64 bytes in flight forward, 2 x 32 backward (more in the shared-memory variant, whose parameter
-// sums cost no registers). Without vectors: elements.
+// Vectors a thread holds: 64 bytes in flight forward, 2 x 32 backward (more in the shared-memory variant, whose
+// parameter sums cost no registers). Without vectors: elements.
 template <int V>
 constexpr int kForwardItems = V > 1 ? 4 : 8;
 template <int V>
@@ -81,9 +82,9 @@ struct Held {
   __device__ __forceinline__ void set(const Vec<T, V>& values) { word = *reinterpret_cast<const Word*>(&values); }
 };
 
-// The sums of each of the values over the kLanes threads of a row, in all of them. A row of more than one warp takes one
-// block barrier; a caller that loops alternates `buffer` between 0 and 1, so that a late reader finds its values still
-// there.
+// The sums of each of the values over the kLanes threads of a row, in all of them. A row of more than one warp takes
+// one block barrier; a caller that loops alternates `buffer` between 0 and 1, so that a late reader finds its values
+// still there.
 template <int kLanes, int kThreads, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], int buffer = 0) {
 #pragma unroll
@@ -103,7 +104,8 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], int buffer = 0
   }
 }
 
-// V parameters as floats, from column first + column on; W may be wider than the activations. Null stands for `missing`.
+// V parameters as floats, from column first + column on; W may be wider than the activations. Null stands for
+// `missing`.
 template <class W, int V>
 __device__ __forceinline__ void load_parameter(const void* parameter, int64_t first, int column, float missing,
                                                float (&values)[V]) {
@@ -129,8 +131,8 @@ __device__ __forceinline__ int item_column(int item, int lane) {
 }
 
 // Which of a thread's elements of a tile dropout keeps: element j of item i by bit i V + j. `start` is the tile's first
-// element, counted over the whole matrix. The loop is not unrolled, since the interleaved rounds of several Philox would
-// double the kernel's registers; it runs while the tile's loads are in flight.
+// element, counted over the whole matrix. The loop is not unrolled, since the interleaved rounds of several Philox
+// would double the kernel's registers; it runs while the tile's loads are in flight.
 template <int kLanes, int V, int kItems, class Params>
 __device__ __forceinline__ uint32_t kept_elements(const Params& p, int64_t start, int lane, int cols) {
   static_assert(V == 1 || V % 4 == 0, "single elements, or whole groups of four");
@@ -173,8 +175,8 @@ __device__ __forceinline__ void load_tile(const T* tile_start, int lane, int col
 
 // Loads the tile of `cols` columns from column `first` of a row; with a residual, forms the sum and stores it.
 template <int kLanes, class T, int V, int kItems>
-__device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int64_t row, int64_t first, int lane, int cols,
-                                            Held<T, V> (&tile)[kItems]) {
+__device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int64_t row, int64_t first, int lane,
+                                            int cols, Held<T, V> (&tile)[kItems]) {
   load_tile<kLanes>(static_cast<const T*>(p.input) + row * p.input_stride + first, lane, cols, tile);
   if (p.residual == nullptr) return;
   Held<T, V> residual[kItems];
@@ -246,8 +248,8 @@ __device__ __forceinline__ Moments tile_moments(const Held<T, V> (&tile)[kItems]
 }
 
 template <class W, class T, int V>
-__device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t row, int64_t first, int column,
-                                                 const Vec<T, V>& x, const Moments& m, float rstd) {
+__device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t row, int64_t first,
+                                                 int column, const Vec<T, V>& x, const Moments& m, float rstd) {
   float weight[V], bias[V];
   load_parameter<W>(p.weight, first, column, 1.0f, weight);
   load_parameter<W>(p.bias, first, column, 0.0f, bias);
@@ -425,7 +427,8 @@ inline WidePlan plan_wide(int64_t rows, int64_t cols, int64_t tile_cols, int64_t
 }
 
 inline LaunchConfig grid_of(int64_t blocks, int threads, size_t shared_bytes, Stream stream) {
-  return {dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream};
+  // A grid of no blocks is refused by the launch, where a wrapped count would leave rows unwritten.
+  return {dim3(blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0), dim3(threads), shared_bytes, stream};
 }
 
 template <class T, class W, int V>
@@ -437,7 +440,8 @@ int launch_forward_wide(const LayerNormForwardParams& p, Stream stream, const Al
     const Chunks chunks = {begin, plan.chunks};
     const LaunchConfig config = grid_of(std::min(plan.rows, p.rows - begin) * plan.chunks, kThreads, 0, stream);
     if (int error = launch(layer_norm_forward_moments_kernel<T, V, kThreads>, config, p, chunks, partial)) return error;
-    if (int error = launch(layer_norm_forward_apply_kernel<T, W, V, kThreads>, config, p, chunks, partial)) return error;
+    if (int error = launch(layer_norm_forward_apply_kernel<T, W, V, kThreads>, config, p, chunks, partial))
+      return error;
   }
   return 0;
 }
@@ -449,7 +453,8 @@ int launch_forward_beyond_registers(const LayerNormForwardParams& p, Stream stre
   if (2 * shared_bytes > max_shared_bytes() || p.rows < multiprocessor_count()) {
     return launch_forward_wide<T, W, V>(p, stream, allocate);
   }
-  return launch(layer_norm_forward_shared_kernel<T, W, V, kThreads>, grid_of(p.rows, kThreads, shared_bytes, stream), p);
+  return launch(layer_norm_forward_shared_kernel<T, W, V, kThreads>, grid_of(p.rows, kThreads, shared_bytes, stream),
+                p);
 }
 
 // The first of the lane counts that holds the row in registers.
@@ -571,8 +576,8 @@ struct SharedSums {
   }
 };
 
-// grad_summed's tile is loaded ahead, with the row, unless the tile is so large that its registers would spill; then each
-// item as it is needed.
+// grad_summed's tile is loaded ahead, with the row, unless the tile is so large that its registers would spill; then
+// each item as it is needed.
 template <int V, int kItems>
 constexpr bool kLoadsAhead = kItems <= kBackwardItems<V>;
 
@@ -772,9 +777,8 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   const int lane = threadIdx.x % kLanes, cols = static_cast<int>(p.cols);
   const int64_t first = int64_t{blockIdx.x} * kRows;
   RegisterSums<V, kItems> sums;
-  backward_rows<T, W, V, kItems, kLanes>(
-      p, {first, first + threadIdx.x / kLanes, int64_t{gridDim.x} * kRows, p.rows}, 0, cols, lane, sums,
-      ReduceTile<W, kLanes, kThreads>{p, lane});
+  backward_rows<T, W, V, kItems, kLanes>(p, {first, first + threadIdx.x / kLanes, int64_t{gridDim.x} * kRows, p.rows},
+                                         0, cols, lane, sums, ReduceTile<W, kLanes, kThreads>{p, lane});
   const int64_t start = blockIdx.x * p.cols;
   if (partial.weight != nullptr) store_block_sums<kLanes, kThreads>(sums.weight, cols, partial.weight + start);
   if (partial.bias != nullptr) store_block_sums<kLanes, kThreads>(sums.bias, cols, partial.bias + start);
@@ -970,10 +974,9 @@ template <class T, class W>
 int layer_norm_backward(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate) {
   using namespace layer_norm;
   constexpr int kWide = kVecElements<T>;
-  const bool vectors =
-      p.cols % kWide == 0 && p.grad_output_stride % kWide == 0 && p.grad_summed_stride % kWide == 0 &&
-      p.summed_stride % kWide == 0 &&
-      aligned({p.grad_output, p.grad_summed, p.summed, p.weight, p.grad_input, p.grad_residual});
+  const bool vectors = p.cols % kWide == 0 && p.grad_output_stride % kWide == 0 && p.grad_summed_stride % kWide == 0 &&
+                       p.summed_stride % kWide == 0 &&
+                       aligned({p.grad_output, p.grad_summed, p.summed, p.weight, p.grad_input, p.grad_residual});
   return vectors ? launch_backward<T, W, kWide, 4, 16, 32, 128, 256, 512>(p, stream, allocate)
                  : launch_backward<T, W, 1, 8, 32, 512>(p, stream, allocate);
 }
