@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: data, the training loop, checkpoints, metrics, and their commands."""

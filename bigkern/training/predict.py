@@ -1,0 +1,150 @@
+"""``bigkern predict``: what a trained model says of an image or a text, or how it goes on with a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bigkern.training.data import CharacterEncoder, ImageEncoder, WordEncoder, read_text, split_words
+from bigkern.training.display import console, table
+from bigkern.training.errors import InputError
+from bigkern.training.tasks import choose_device
+from bigkern.training.train import load_run, positive_int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder that bigkern train --out made")
+    parser.add_argument(
+        "files", type=Path, nargs="*", help="image files, or text files; without any, a text from standard input"
+    )
+    parser.add_argument("--text", action="append", help="a text to classify or to go on with (repeatable)")
+    parser.add_argument("--top", type=positive_int, default=3, help="classes to name (default: %(default)s)")
+    parser.add_argument(
+        "--invert", action="store_true", help="images are dark on light, the model learned light on dark"
+    )
+    parser.add_argument("--length", type=positive_int, default=200, help="characters to write (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.7, help="0 writes the likeliest character (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the writing (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is a GPU)")
+
+
+def main(args: argparse.Namespace) -> int:
+    device = choose_device(args.device)
+    model, encoder, _ = load_run(args.run, device)
+    if isinstance(encoder, ImageEncoder):
+        return _images(model, encoder, args, device)
+    if args.invert:
+        raise InputError("--invert is for images; this model reads text")
+    texts = _texts(args)
+    if isinstance(encoder, WordEncoder):
+        return _classify(model, encoder, texts, args, device)
+    return _write_on(model, encoder, texts, args, device)
+
+
+def _images(model: nn.Module, encoder: ImageEncoder, args: argparse.Namespace, device: torch.device) -> int:
+    if args.text:
+        raise InputError("--text: this model reads images; give image files")
+    if not args.files:
+        raise InputError("no image: this model reads images; give image files")
+    images = torch.stack([encoder.encode(path) for path in args.files])
+    _print_classes(model, 1 - images if args.invert else images, list(map(str, args.files)), encoder, args.top, device)
+    return 0
+
+
+def _texts(args: argparse.Namespace) -> dict[str, str]:
+    """Each text under the name that the output gives it."""
+    texts = {str(path): read_text(path) for path in args.files}
+    texts.update((_shorten(text), text) for text in args.text or ())
+    if not texts:
+        try:
+            texts["standard input"] = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: not UTF-8 text (byte {error.start})") from error
+    for name, text in texts.items():
+        if not text.strip():
+            raise InputError(f"{name or '--text'}: empty, there is nothing to go by")
+    return texts
+
+
+def _shorten(text: str, width: int = 40) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _classify(
+    model: nn.Module, encoder: WordEncoder, texts: dict[str, str], args: argparse.Namespace, device: torch.device
+) -> int:
+    for name, text in texts.items():
+        if (words := len(split_words(text))) > encoder.length:
+            print(f"{name}: {words} words; the model reads the first {encoder.length}", file=sys.stderr)
+    _print_classes(model, encoder.encode(*texts.values()), list(texts), encoder, args.top, device)
+    return 0
+
+
+def _print_classes(
+    model: nn.Module,
+    inputs: Tensor,
+    names: list[str],
+    encoder: ImageEncoder | WordEncoder,
+    top: int,
+    device: torch.device,
+) -> None:
+    top = min(top, len(encoder.classes))
+    with torch.inference_mode():
+        chances, classes = model(inputs.to(device)).softmax(-1).topk(top)
+    ranks = ["class", *(f"{rank}." for rank in range(2, top + 1))]
+    drawn = table("Prediction", "input", *ranks)
+    for name, row_chances, row_classes in zip(names, chances.tolist(), classes.tolist(), strict=True):
+        answers = (f"{encoder.classes[c]} {p:.1%}" for c, p in zip(row_classes, row_chances, strict=True))
+        drawn.add_row(name, *answers)
+    console().print(drawn)
+
+
+def _write_on(
+    model: nn.Module, encoder: CharacterEncoder, texts: dict[str, str], args: argparse.Namespace, device: torch.device
+) -> int:
+    generator = torch.Generator().manual_seed(args.seed)
+    for text in texts.values():
+        print(text, end="")
+        for symbol in continuation(model, encoder, text, args.length, args.temperature, generator, device):
+            print(symbol, end="", flush=True)
+        print()
+    return 0
+
+
+def continuation(
+    model: nn.Module,
+    encoder: CharacterEncoder,
+    text: str,
+    length: int,
+    temperature: float,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+):
+    """Yields ``length`` characters that follow ``text``, each drawn from softmax(logits / temperature)."""
+    tokens = encoder.encode(text)[-encoder.length :]
+    for _ in range(length):
+        with torch.inference_mode():
+            logits = model(tokens.unsqueeze(0).to(device))
+        # A model that answers at each step answers last for the step that matters.
+        logits = (logits[0, -1] if logits.dim() == 3 else logits[0]).float().cpu()
+        logits[0] = -torch.inf  # symbol 0 stands for characters that cannot be written
+        if temperature == 0:
+            token = logits.argmax().view(1)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+        yield encoder.symbols[int(token)]
+        tokens = torch.cat([tokens, token])[-encoder.length :]
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value

@@ -1,0 +1,146 @@
+"""Which data each model reads, how the model is made to fit it, and the settings that train it well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigkern.models import BIGKERN, MODELS, Layers
+from bigkern.training import data as sources
+from bigkern.training.data import Dataset, Encoder, ImageEncoder, Split, WordEncoder
+from bigkern.training.errors import InputError
+
+MNIST_FOLDER = Path.home() / ".cache" / "bigkern"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings of ``bigkern train`` where the user gives none, and what the model does, in a line."""
+
+    task: str
+    data: str
+    epochs: int
+    batch_size: int
+    lr: float
+
+
+DEFAULTS = {
+    "cnn": Defaults("classifies images", "digits", 15, 64, 1e-3),
+    "cnn-small": Defaults("classifies images of 28x28 grey pixels", "digits", 15, 32, 1e-3),
+    "gru": Defaults("predicts the next character at each step", "text", 6, 64, 4e-3),
+    "lstm": Defaults("predicts the character after a window of 32", "text", 2, 128, 4e-3),
+    "transformer": Defaults("classifies texts", "text", 4, 32, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a user's own data is read."""
+
+    image_size: int = 32
+    channels: int = 1
+    text_column: str = "text"
+    label_column: str = "label"
+
+
+def load_dataset(
+    model: str, name: str, options: DataOptions, on_image: Callable[[int, int], None] | None = None
+) -> Dataset:
+    """The data set called ``name`` (digits, mnist, text, or a path) in the form that ``model`` reads."""
+    path = Path(name)
+    if model in ("cnn", "cnn-small"):
+        small = model == "cnn-small"
+        if name == "digits":
+            return sources.digits(28 if small else 8)
+        if name == "mnist":
+            return sources.mnist(MNIST_FOLDER)
+        if path.is_dir():
+            shape = (1, 28, 28) if small else (options.channels, options.image_size, options.image_size)
+            return sources.image_folder(path, shape, on_image)
+        raise _wrong_data(model, name, path, "digits, mnist, or a folder with one subfolder of images per class")
+    if model == "transformer":
+        if name == "text":
+            return sources.package_sources()
+        if path.is_file():
+            return sources.labelled_texts(path, options.text_column, options.label_column)
+        raise _wrong_data(model, name, path, "text, or a CSV file with a text and a label column")
+    every_step = model == "gru"
+    length = 64 if every_step else 32
+    if name == "text":
+        return sources.language_reference(length, every_step=every_step)
+    if path.is_file():
+        return sources.text_file(path, length, every_step=every_step)
+    raise _wrong_data(model, name, path, "text, or a text file")
+
+
+def _wrong_data(model: str, name: str, path: Path, wanted: str) -> InputError:
+    if not path.exists():
+        return InputError(f"--data {name}: no such file or data set; {model} takes {wanted}")
+    return InputError(f"--data {name}: {model} takes {wanted}")
+
+
+def model_arguments(model: str, dataset: Dataset) -> dict[str, Any]:
+    """The constructor's arguments that fit ``model`` to ``dataset``."""
+    encoder = dataset.encoder
+    classes = len(dataset.classes)
+    if isinstance(encoder, ImageEncoder):
+        arguments: dict[str, Any] = {"input_shape": encoder.shape, "classes": classes}
+        if model == "cnn":
+            # Unpadded, three convolutions and two poolings use up 17 pixels; smaller images need the padding.
+            arguments["padding"] = 0 if min(encoder.shape[1:]) >= 18 else 1
+        return arguments
+    if isinstance(encoder, WordEncoder):
+        return {"vocabulary": len(encoder.words), "classes": classes}
+    return {"vocabulary": classes} if model == "lstm" else {"vocabulary": classes, "classes": classes}
+
+
+def build_model(name: str, arguments: dict[str, Any], layers: Layers = BIGKERN) -> nn.Module:
+    try:
+        return MODELS[name](**arguments, layers=layers)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def load_split(model: str, encoder: Encoder, path: Path, options: DataOptions) -> Split:
+    """All of a user's data as a trained model reads it: its image size, its vocabulary, its classes."""
+    if isinstance(encoder, ImageEncoder):
+        if not path.is_dir():
+            raise InputError(f"{path}: expected a folder with one subfolder of images per class")
+        return Split(*sources.read_image_folder(path, encoder))
+    if isinstance(encoder, WordEncoder):
+        texts, labels = sources.read_csv(path, options.text_column, options.label_column)
+        strangers = sorted(set(labels) - set(encoder.classes))
+        if strangers:
+            raise InputError(
+                f"{path}: label {strangers[0]!r} is not one that the model knows ({', '.join(encoder.classes)})"
+            )
+        return Split(encoder.encode(*texts), torch.tensor([encoder.classes.index(label) for label in labels]))
+    text = sources.read_text(path)
+    if len(text) <= encoder.length:
+        raise InputError(f"{path}: {len(text)} characters are too few; the model reads {encoder.length} at a time")
+    return sources.character_windows(encoder.encode(text), encoder.length, encoder.length, model == "gru")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: expected cpu or cuda")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
