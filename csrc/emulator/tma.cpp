@@ -179,28 +179,28 @@ struct Store {
 struct StoreGroup {
   std::vector<Store> stores;
   bool read = false;
+  bool written = false;
+  bool released = false;  // the thread has waited for its reads
 
   void do_read() {
-    if (!read) {
-      for (Store& store : stores) store.bytes = store.read();
+    for (Store& store : stores) {
+      if (!read) store.bytes = store.read();
     }
     read = true;
   }
   void do_write() {
-    for (Store& store : stores) store.write(store.bytes);
+    do_read();
+    for (Store& store : stores) {
+      if (!written) store.write(store.bytes);
+    }
+    written = true;
   }
 };
 
 struct ThreadStores {
   std::vector<Store> open;
-  std::deque<StoreGroup> groups;  // committed and not yet written, oldest first
+  std::deque<StoreGroup> groups;  // committed and not yet waited for, oldest first
   AsyncInterval interval;
-
-  void write_oldest() {
-    groups.front().do_read();
-    groups.front().do_write();
-    groups.pop_front();
-  }
 };
 
 struct BulkStores : BlockExtension {
@@ -210,11 +210,12 @@ struct BulkStores : BlockExtension {
     if (static_cast<size_t>(fiber.index) >= threads.size()) return;
     ThreadStores& mine = threads[fiber.index];
     if (!mine.open.empty()) fail("a thread exits with bulk stores it has not committed");
-    for (const StoreGroup& group : mine.groups) {
-      if (!group.read) fail("a thread exits with bulk stores that may still read shared memory: no bulk_wait_read()");
+    for (StoreGroup& group : mine.groups) {
+      if (!group.released) {
+        fail("a thread exits with bulk stores that may still read shared memory: no bulk_wait_read()");
+      }
+      group.do_write();  // writes nobody waits for complete by the end of the kernel
     }
-    // Writes left behind complete by the end of the kernel.
-    while (!mine.groups.empty()) mine.write_oldest();
   }
 };
 
@@ -282,11 +283,12 @@ void bulk_wait(size_t groups, bool written) {
   RuntimeScope scope;
   ThreadStores& mine = my_stores();
   mine.interval.end();
-  if (written) {
-    while (mine.groups.size() > groups) mine.write_oldest();
-  } else {
-    for (size_t i = 0; i + groups < mine.groups.size(); i++) mine.groups[i].do_read();
+  for (size_t i = 0; i + groups < mine.groups.size(); i++) {
+    mine.groups[i].do_read();
+    mine.groups[i].released = true;
+    if (written) mine.groups[i].do_write();
   }
+  while (!mine.groups.empty() && mine.groups.front().written && mine.groups.front().released) mine.groups.pop_front();
 }
 
 }  // namespace emulator
@@ -321,9 +323,7 @@ void bulk_commit() {
   ThreadStores& mine = my_stores();
   mine.groups.push_back({std::move(mine.open)});
   mine.open.clear();
-  if (!mine.interval.late()) {
-    while (!mine.groups.empty()) mine.write_oldest();
-  }
+  if (!mine.interval.late()) mine.groups.back().do_write();
 }
 
 }  // namespace bigkern

@@ -1,7 +1,7 @@
 """NVIDIA's tables of who holds what, restated as data, independently of the formulas in csrc.
 
-PTX ISA: "Matrix Fragments for mma.m16n8k16 with floating point type", "... for mma.m16n8k8", "Register Fragments" and "Shared
-Memory Matrix Layout" of wgmma, "Strides"; CUDA programming guide: the swizzle patterns of the TMA unit.
+PTX ISA: "Matrix Fragments for mma.m16n8k16 with floating point type", "... for mma.m16n8k8"; "Register Fragments",
+"Shared Memory Matrix Layout" and "Strides" of wgmma. CUDA programming guide: the swizzle patterns of the TMA unit.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def mma_m16n8k8_tf32() -> dict[str, np.ndarray]:
 def wgmma_a() -> np.ndarray:
     """(row, column) of each of the 8 elements in the A registers of each of 128 threads."""
     of_warp = mma_m16n8k16()["a"]
-    return np.concatenate([of_warp + (16 * warp, 0) for warp in range(4)])
+    return np.concatenate([of_warp + np.array([16 * warp, 0]) for warp in range(4)])
 
 
 def wgmma_d(n: int) -> np.ndarray:
     """(row, column) of each of the n / 2 accumulators of each of 128 threads."""
     of_warp = mma_m16n8k16()["c"]
-    of_group = np.concatenate([of_warp + (16 * warp, 0) for warp in range(4)])
-    return np.concatenate([of_group + (0, 8 * i) for i in range(n // 8)], axis=1)
+    of_group = np.concatenate([of_warp + np.array([16 * warp, 0]) for warp in range(4)])
+    return np.concatenate([of_group + np.array([0, 8 * i]) for i in range(n // 8)], axis=1)
 
 
 def ldmatrix(tiles: int, trans: bool) -> np.ndarray:
@@ -61,9 +61,9 @@ def ldmatrix(tiles: int, trans: bool) -> np.ndarray:
     return table
 
 
-# Of the shared-memory layouts wgmma accepts ("canonical layouts"), in units of 16 bytes, which hold 8 elements of 16 bits:
-# ((size, stride), ...) of the MN dimension and of the K dimension. A None size takes what is left. "l" and "s" are the
-# descriptor's leading and stride byte offsets. The swizzle XORs the address afterwards.
+# Of the shared-memory layouts wgmma accepts ("canonical layouts"), in units of 16 bytes, which hold 8 elements of 16
+# bits: ((size, stride), ...) of the MN dimension and of the K dimension. A None size takes what is left. "l" and "s"
+# are the descriptor's leading and stride byte offsets. The swizzle XORs the address afterwards.
 CANONICAL = {
     # K-major: rows of MN, K in units of 16 bytes
     ("k", 0): {"mn": ((8, 1), (None, "s")), "k": ((None, "l"),)},
@@ -126,5 +126,5 @@ def operand(matrix: np.ndarray, major: str, swizzle: int) -> tuple[np.ndarray, i
 
 
 def tma_swizzled(row: int, chunk: int, swizzle: int) -> int:
-    """The 16-byte chunk of a row of `swizzle` bytes where the TMA unit puts its chunk `chunk`; row 0 starts the pattern."""
+    """Where in a row of `swizzle` bytes the TMA unit puts the 16-byte chunk `chunk`; row 0 starts the pattern."""
     return {128: chunk ^ (row % 8), 64: chunk ^ (row // 2 % 4), 32: chunk ^ (row // 4 % 2)}[swizzle]

@@ -1,7 +1,7 @@
 """Every wrapper of the device layer, one small kernel each, against index formulas in numpy.
 
-The same kernels run on the emulator always and, under ``--device cuda``, on the GPU: they are what ties the emulator to the
-hardware. Moves are compared bit for bit; products to 1e-5, because the tensor cores add in an order of their own.
+The same kernels run on the emulator always and, under ``--device cuda``, on the GPU: they are what ties the emulator to
+the hardware. Moves are compared bit for bit; products to 1e-5, because the tensor cores add in an order of their own.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def reduction_cases():
 
 
 def philox(seed: int, subsequence: int, offset: int) -> list[int]:
-    """Philox4x32-10 as the paper writes it: two 32 x 32 -> 64 bit products a round, keys bumped by the Weyl constants."""
+    """Philox4x32-10 as the paper writes it: two products of 64 bits a round, keys bumped by the Weyl constants."""
     mask = 0xFFFFFFFF
     c = [offset & mask, offset >> 32, subsequence & mask, subsequence >> 32]
     key = [seed & mask, seed >> 32]
