@@ -107,8 +107,8 @@ BUGS = [
         "tail of the row loaded one element too far",
         "layer_norm",
         NORM,
-        "    if (column < cols) tile[i] = load_vec_streaming<T, V>(tile_start + column);",
-        "    if (column <= cols) tile[i] = load_vec_streaming<T, V>(tile_start + column);",
+        "    if (column < cols) tile[i].set(load_vec_streaming<T, V>(tile_start + column));",
+        "    if (column <= cols) tile[i].set(load_vec_streaming<T, V>(tile_start + column));",
         "asan",
     ),
     Bug(
@@ -123,8 +123,8 @@ BUGS = [
         "rows past the last leave before the warp's shuffles",
         "layer_norm",
         NORM,
-        "  const int cols = row < p.rows ? static_cast<int>(p.cols) : 0;\n  Vec<T, V> tile[kForwardItems<V>];",
-        "  if (row >= p.rows) return;\n  const int cols = p.cols;\n  Vec<T, V> tile[kForwardItems<V>];",
+        "  const int cols = row < p.rows ? static_cast<int>(p.cols) : 0;\n  Held<T, V> tile[kForwardItems<V>];",
+        "  if (row >= p.rows) return;\n  const int cols = p.cols;\n  Held<T, V> tile[kForwardItems<V>];",
         "plain",
     ),
     Bug(
