@@ -71,7 +71,7 @@ def extension() -> dict:
     # A CPU-only torch forces CUDA_HOME to None although it can compile and load our object.
     cpp_extension.CUDA_HOME = str(cuda)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", visible_archs(torch) or SHIPPED_ARCHS)
-    cccl = [f"-isystem{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
+    cccl = [f"-I{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     # torch's helper hides the conversions and operators of __half and __nv_bfloat16.
     shown = [
