@@ -3,11 +3,12 @@
     control = load("plain")                 # registers bigkern_cuda::* for CPU tensors
     control.set_options(order="priority", seed=3)
 
-There are three builds: ``plain``; ``asan``, under AddressSanitizer, which must be preloaded (``environment("asan")`` gives a
-subprocess what it needs); and ``race``, with the race checker and exact counts of the bytes moved. A process loads one.
+There are three builds: ``plain``; ``asan``, under AddressSanitizer, which must be preloaded (``environment("asan")``
+gives a subprocess what it needs); and ``race``, with the race checker and exact counts of the bytes moved. A process
+loads one.
 
-``build_library`` compiles a few sources against the emulator, with text replaced in them if asked: tests of the emulator
-itself, and of planted bugs, load the result with ``open_library``.
+``build_library`` compiles a few sources against the emulator, with text replaced in them if asked: tests of the
+emulator itself, and of planted bugs, load the result with ``open_library``.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ _COMMON = [
     "-DBK_EMULATE",
 ]
 if platform.machine() == "x86_64":
-    # threadIdx is a thread-local read: descriptors make it cheap without claiming the few static slots of the process.
+    # threadIdx is a thread-local read: descriptors make it cheap without claiming the process's few static slots.
     _COMMON.append("-mtls-dialect=gnu2")
-# The emulator answers the sanitizers' calls itself (alignment.cpp, race_hooks.cpp), so only ASan brings a runtime library.
+# The emulator answers the sanitizers' calls itself (alignment.cpp, race_hooks.cpp): only ASan brings a runtime library.
 _ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 _EMULATOR_FLAGS = {
     "plain": ["-O2"],
@@ -171,7 +172,7 @@ def build_library(
     library = folder / f"{name}.so"
     if library.exists():
         return library
-    with _lock():
+    with _lock(folder):
         if library.exists():
             return library
         objects = _build_emulator(toolchain)
@@ -182,7 +183,8 @@ def build_library(
         rules = _Rules(toolchain, folder, folder / "csrc")
         objects += [rules.compile(folder / path, flags) for path in paths]
         rules.link(library, objects, torch=any(path.is_relative_to("csrc/torch") for path in paths))
-        rules.run([library])
+        with _lock(toolchain.folder / "emulator", shared=True):
+            rules.run([library])
     return library
 
 
@@ -277,7 +279,9 @@ class _Rules:
             flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DBK_DISPATCH_KEY=CPU"]
         else:
             flags += (_EMULATOR_FLAGS if kind == "emulator" else _KERNEL_FLAGS)[toolchain.build]
-        flags += [f"-I{self._csrc}"]
+        # Messages name files from the root, also those of a changed copy.
+        root = self._csrc.parent
+        flags += [f"-I{self._csrc}", f"-ffile-prefix-map={root}/=", f"-fdebug-prefix-map={self._folder}=."]
         includes = toolchain.includes + (toolchain.torch_includes if kind == "torch" else [])
         flags += [f"-isystem {path}" for path in includes]
         target = self._folder / "objects" / relative.with_suffix(relative.suffix + ".o")
@@ -312,7 +316,7 @@ def _build_all(build: str) -> Path:
     library = _library_path(toolchain)
     if library.exists():
         return library
-    with _lock():
+    with _lock(toolchain.folder / "all"):
         while not (library := _library_path(toolchain)).exists():
             objects = _build_emulator(toolchain)
             rules = _Rules(toolchain, toolchain.folder / "all", CSRC)
@@ -320,7 +324,8 @@ def _build_all(build: str) -> Path:
             objects += [rules.compile(source) for source in [*sorted(CSRC.glob("kernels/*.cu")), *bindings]]
             library.parent.mkdir(parents=True, exist_ok=True)
             rules.link(library, objects, torch=bool(bindings))
-            rules.run([library])
+            with _lock(toolchain.folder / "emulator", shared=True):
+                rules.run([library])
             if library != _library_path(toolchain):  # a source changed while it was compiled
                 library.unlink()
         _prune(library.parent.parent)
@@ -334,9 +339,11 @@ def _library_path(toolchain: _Toolchain) -> Path:
 
 def _build_emulator(toolchain: _Toolchain) -> list[Path]:
     """The emulator's objects, which all libraries of a build share."""
-    rules = _Rules(toolchain, toolchain.folder / "emulator", CSRC)
-    objects = [rules.compile(source) for source in sorted(CSRC.glob("emulator/*.cpp"))]
-    rules.run(objects)
+    folder = toolchain.folder / "emulator"
+    with _lock(folder):
+        rules = _Rules(toolchain, folder, CSRC)
+        objects = [rules.compile(source) for source in sorted(CSRC.glob("emulator/*.cpp"))]
+        rules.run(objects)
     return objects
 
 
@@ -347,11 +354,11 @@ def _prune(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock():
-    """One build at a time on this machine."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _lock(folder: Path, shared: bool = False):
+    """One process at a time builds in a folder; any number may read what lies there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

@@ -80,6 +80,17 @@ struct Fiber {
 // The running fiber. Fibers never change their OS thread.
 extern __thread Fiber* current;
 
+// What kernels read most. By value and uninstrumented, so that the race checker does not take them for global memory.
+BK_UNINSTRUMENTED inline uint3 thread_index() {
+  return current->thread_index;
+}
+BK_UNINSTRUMENTED inline int lane_index() {
+  return current->lane;
+}
+BK_UNINSTRUMENTED inline uint3 block_index();
+BK_UNINSTRUMENTED inline dim3 block_dim();
+BK_UNINSTRUMENTED inline dim3 grid_dim();
+
 // Marks the running fiber as executing emulator code while it lives.
 class RuntimeScope {
  public:
@@ -229,6 +240,16 @@ struct Block {
   std::vector<std::pair<const void*, std::unique_ptr<BlockExtension>>> extensions;
   BlockRace race;
 };
+
+inline uint3 block_index() {
+  return current->block->index;
+}
+inline dim3 block_dim() {
+  return current->block->block_dim;
+}
+inline dim3 grid_dim() {
+  return current->block->grid_dim;
+}
 
 template <class State>
 BK_UNINSTRUMENTED State& extension(Block& block) {

@@ -35,10 +35,10 @@
 #define __grid_constant__
 #define __shared__ static_assert(false, "shared variables are declared with BK_SHARED");
 
-#define threadIdx (::bigkern::emulator::current->thread_index)
-#define blockIdx (::bigkern::emulator::current->block->index)
-#define blockDim (::bigkern::emulator::current->block->block_dim)
-#define gridDim (::bigkern::emulator::current->block->grid_dim)
+#define threadIdx (::bigkern::emulator::thread_index())
+#define blockIdx (::bigkern::emulator::block_index())
+#define blockDim (::bigkern::emulator::block_dim())
+#define gridDim (::bigkern::emulator::grid_dim())
 
 constexpr int warpSize = 32;
 

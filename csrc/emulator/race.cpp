@@ -272,7 +272,9 @@ struct AccessUnderWay {
 
   void check(const Cell& cell, uintptr_t address) const {
     auto races = [&](const Stamp& other) {
-      return other.block != 0 && !(other.atomic && atomic) && !is_ordered(other, fiber) && !in_other_frame(address);
+      if (other.block == 0 || (other.atomic && atomic) || is_ordered(other, fiber)) return false;
+      // Shared memory still shows the block that had it before; a fiber's stack holds locals lent to a collective.
+      return shared ? other.block == fiber.block->race.id : !is_fiber_stack(reinterpret_cast<const void*>(address));
     };
     if (shared && !write && cell.writer.block != fiber.block->race.id) {
       fail("read of uninitialised " + where(address) + " at " + place_text(stamp.place));
@@ -307,9 +309,6 @@ struct AccessUnderWay {
     for (; slot > 0; slot--) cell.readers[slot] = cell.readers[slot - 1];
     cell.readers[0] = stamp;
   }
-
-  // Pointers to locals that travel through emulated collectives; looked at only when a race is suspected.
-  static bool in_other_frame(uintptr_t address) { return is_fiber_stack(reinterpret_cast<const void*>(address)); }
 };
 
 void add(std::atomic<uint64_t>& counter, uint64_t n) {  // one worker: no need for a locked add

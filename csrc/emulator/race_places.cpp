@@ -39,7 +39,9 @@ std::string resolve(const char* library, uint32_t offset) {
   pclose(pipe);
   if (!read || std::strncmp(line, "??", 2) == 0) return "";
   line[std::strcspn(line, " \n")] = 0;
-  return line;
+  const char* path = line;
+  while (std::strncmp(path, "./", 2) == 0) path += 2;
+  return path;
 }
 
 }  // namespace

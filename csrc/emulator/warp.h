@@ -38,20 +38,20 @@ void __syncwarp(unsigned mask = 0xffffffffu, BK_WHERE);
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, BK_WHERE) {
-  const int lane = bigkern::emulator::current->lane;
+  const int lane = bigkern::emulator::lane_index();
   return bigkern::emulator::shuffle("__shfl_sync", mask, value, (lane & ~(width - 1)) | (source & (width - 1)), where);
 }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, BK_WHERE) {
-  const int lane = bigkern::emulator::current->lane, source = lane ^ lane_mask;
+  const int lane = bigkern::emulator::lane_index(), source = lane ^ lane_mask;
   return bigkern::emulator::shuffle("__shfl_xor_sync", mask, value, source / width > lane / width ? lane : source,
                                     where);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, BK_WHERE) {
-  const int lane = bigkern::emulator::current->lane;
+  const int lane = bigkern::emulator::lane_index();
   const bool inside = lane % width + static_cast<int>(delta) < width;
   return bigkern::emulator::shuffle("__shfl_down_sync", mask, value, inside ? lane + static_cast<int>(delta) : lane,
                                     where);
@@ -59,7 +59,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, BK_WH
 
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, BK_WHERE) {
-  const int lane = bigkern::emulator::current->lane;
+  const int lane = bigkern::emulator::lane_index();
   const bool inside = lane % width >= static_cast<int>(delta);
   return bigkern::emulator::shuffle("__shfl_up_sync", mask, value, inside ? lane - static_cast<int>(delta) : lane,
                                     where);
