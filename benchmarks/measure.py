@@ -71,7 +71,7 @@ PEER_FACTOR = 16.0
 
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 100
-_SAMPLE_SECONDS = 2e-3
+_SAMPLE_SECONDS = 2e-3  # long beside an event's resolution (about 0.5 us) and a clock's cost
 # A sample's queue must fit the driver's (about 1,000 launches), with several kernels a call.
 _MAX_CALLS = {"cuda": 32, "cpu": 1000}
 _MAX_SETS = {"cuda": 64, "cpu": 8}
@@ -256,7 +256,7 @@ class Contestant:
             return stopwatch.sample(turn, self.host_seconds)
 
 
-def warm_up(contestant: Contestant, stopwatch: Stopwatch) -> None:
+def warm_up(contestant: Contestant, stopwatch: Stopwatch, sample_seconds: float = _SAMPLE_SECONDS) -> None:
     """Compiles and caches what there is to, then sets the calls a sample takes."""
     for _ in range(3):
         contestant.take(stopwatch)
@@ -264,15 +264,21 @@ def warm_up(contestant: Contestant, stopwatch: Stopwatch) -> None:
     sample = contestant.take(stopwatch)
     contestant.host_seconds = sample.host_seconds or 0.0
     sample = contestant.take(stopwatch)
-    contestant.calls = max(1, min(_MAX_CALLS[stopwatch.device.type], math.ceil(_SAMPLE_SECONDS / sample.seconds)))
+    contestant.calls = max(1, min(_MAX_CALLS[stopwatch.device.type], math.ceil(sample_seconds / sample.seconds)))
 
 
-def interleave(contestants: Sequence[Contestant], stopwatch: Stopwatch, seconds: float) -> None:
-    """Samples all contestants round by round until ``seconds`` have passed (at least 5 rounds, at most 100)."""
+def interleave(
+    contestants: Sequence[Contestant],
+    stopwatch: Stopwatch,
+    seconds: float,
+    sample_seconds: float = _SAMPLE_SECONDS,
+    rounds: int = _MAX_ROUNDS,
+) -> None:
+    """Samples all contestants round by round until ``seconds`` have passed: at least 5 rounds, at most ``rounds``."""
     for contestant in contestants:
-        warm_up(contestant, stopwatch)
+        warm_up(contestant, stopwatch, sample_seconds)
     start = time.monotonic()
-    for turn in range(_MAX_ROUNDS):
+    for turn in range(rounds):
         if turn >= _MIN_ROUNDS and time.monotonic() - start > seconds:
             break
         first = turn % len(contestants)
@@ -411,7 +417,7 @@ def measure_problem(
     passed = [candidate for candidate in candidates if verdicts[candidate.name].status == "ok"]
     rotation = make_rotation(problem, device, seed)
     for direction in directions:
-        contestants = [_contestant(c, functions[c.name], problem, direction, rotation) for c in passed]
+        contestants = [make_contestant(c, functions[c.name], problem, direction, rotation) for c in passed]
         if contestants:
             interleave(contestants, Stopwatch(device), seconds)
         timed = {contestant.name: contestant for contestant in contestants}
@@ -421,7 +427,7 @@ def measure_problem(
         ]
 
 
-def _contestant(
+def make_contestant(
     candidate: Candidate,
     function: Callable[[Inputs], Outputs],
     problem: Problem,

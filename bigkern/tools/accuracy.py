@@ -1,7 +1,7 @@
 """``bigkern accuracy``: each kernel's error against float64 beside torch's own error in the same dtype.
 
 A ratio of 1.0 is torch's own accuracy; the project's goal is a median of at most 1.0, its tests demand at most 2.0 plus
-one unit in the last place.
+one rounding.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def selfcheck(
 ) -> Report:
     """Checks the backends ``names`` (default: all that are available) and quarantines those that fail.
 
-    The rule: error against float64 at most twice torch's own in the same dtype, plus one ulp; forward and
+    The rule: error against float64 at most twice torch's own in the same dtype, plus one rounding; forward and
     every gradient.  Returns the report; nothing is printed and nothing is raised for a failing backend.
     """
     device = torch.device(device or default_device())
