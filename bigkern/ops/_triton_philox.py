@@ -1,8 +1,8 @@
 """Dropout's random bits, for Triton kernels.  Imported only by kernel files, so only once a kernel runs.
 
-The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with cuRAND's convention:
-counter = {offset, subsequence} and key = seed, each a 64-bit number, low word first.  csrc/device/philox.cuh is the same, so
-a mask drawn by one backend can be redrawn by the other.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), arranged
+as in cuRAND: counter = {offset, subsequence} and key = seed, each a 64-bit number, low word first.
+csrc/device/philox.cuh is the same, so a mask drawn by one backend can be redrawn by the other.
 """
 
 import triton
@@ -32,9 +32,9 @@ def uniform(word):
 def dropout_keep(philox, first, dropout_p, ROWS: tl.constexpr, COLS: tl.constexpr, QUADS: tl.constexpr):
     """Which elements of a ROWS x COLS tile survive.
 
-    first: [ROWS, 1] int64, the number of each row's first element of the tile, counted in row-major order over the whole
-    tensor.  Element i uses word i % 4 of subsequence i / 4.  QUADS promises that first is a multiple of 4, so that the four
-    words of a subsequence serve four neighbours.
+    first: [ROWS, 1] int64, the number of each row's first element of the tile, counted in row-major order over the
+    whole tensor.  Element i uses word i % 4 of subsequence i / 4.  QUADS promises that first is a multiple of 4, so
+    that the four words of a subsequence serve four neighbours.
     """
     if QUADS:
         subsequence = (first >> 2) + tl.arange(0, COLS // 4)[None, :]

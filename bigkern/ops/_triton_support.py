@@ -1,9 +1,9 @@
-"""What every op's Triton backend shares on the host side.  Importing this file does not import Triton, and makes no CUDA call.
+"""What every op's Triton backend shares on the host side.  Importing this imports no Triton and makes no CUDA call.
 
 Triton has two ways to run a kernel: compiled, on CUDA tensors; or interpreted in Python, on CPU tensors, when the
-environment has ``TRITON_INTERPRET=1`` before Triton is imported.  The interpreter is a testing tool: it is thousands of times
-slower, and it truncates where it casts fp32 to bf16 (a GPU rounds to nearest even; ``tests/triton/interpreter.py`` has the
-details and the repair that the tests use).
+environment has ``TRITON_INTERPRET=1`` before Triton is imported.  The interpreter is a testing tool: it is thousands of
+times slower, and it truncates where it casts fp32 to bf16 (a GPU rounds to nearest even;
+``tests/triton/interpreter.py`` has the details and the repair that the tests use).
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def multiprocessors(device: torch.device) -> int:
 def alignment(*counts: int) -> int:
     """The largest power of two up to 8 that divides every count.
 
-    Kernels take widths and strides as multiples of it, with the factor a compile-time constant: that is how the compiler
-    learns that 8 bf16 or 4 fp32 of a row can be one 16-byte access.  Triton's own specialisation asks for multiples of 16,
-    which a width of 1,000 is not.
+    Kernels take widths and strides as multiples of it, with the factor a compile-time constant: that is how the
+    compiler learns that 8 bf16 or 4 fp32 of a row can be one 16-byte access.  Triton's own specialisation asks for
+    multiples of 16, which a width of 1,000 is not.
     """
     return gcd(8, *counts)
 
@@ -126,7 +126,7 @@ _NO_GUARD = contextlib.nullcontext()
 
 
 def device_guard(device: torch.device):
-    """A context in which Triton launches on `device`: it launches on the current device, whatever the tensors are on."""
+    """A context in which Triton launches on `device`; left alone it launches on the current one, wherever tensors are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(device)

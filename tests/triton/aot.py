@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for GPUs that are not here, exactly as a launch would, and reads what came out.
 
-The product's own launch code runs, on CPU tensors that nothing touches; each launch is caught and compiled instead, through
-Triton's own argument specialisation, for a GPU target that a stand-in driver names.  So no list of signatures and tile sizes
-has to be kept in step with the product's.
+The product's own launch code runs, on CPU tensors that nothing touches; each launch is caught and compiled instead,
+through Triton's own argument specialisation, for a GPU target that a stand-in driver names.  So no list of signatures
+and tile sizes has to be kept in step with the product's.
 """
 
 from __future__ import annotations
@@ -90,18 +90,39 @@ def cases() -> list[Case]:
     half, full = torch.bfloat16, torch.float32
     return [
         Case("1Mx64 bf16", _layer_norm(1 << 20, 64, half, "")),
-        Case("8192x1024 bf16 fp32-params", _layer_norm(8192, 1024, half, "", full)),
+        Case("8192x1024 bf16, fp32 parameters", _layer_norm(8192, 1024, half, "", full)),
         Case("4096x4096 bf16", _layer_norm(4096, 4096, half, "")),
         Case("4096x4096 fp32", _layer_norm(4096, 4096, full, "")),
         Case("4096x4096 bf16 residual+dropout", _layer_norm(4096, 4096, half, "residual dropout")),
         Case("4096x4096 fp16 rms", _layer_norm(4096, 4096, torch.float16, "rms")),
-        Case("4096x8192 fp32 residual+dropout", _layer_norm(4096, 8192, full, "residual dropout")),
         Case("4096x8192 bf16", _layer_norm(4096, 8192, half, "")),
+        Case("4096x8192 fp32 residual+dropout", _layer_norm(4096, 8192, full, "residual dropout")),
         Case("1024x16384 bf16 residual+dropout", _layer_norm(1024, 16384, half, "residual dropout")),
         Case("1024x16384 fp32", _layer_norm(1024, 16384, full, "")),
         Case("64x131072 bf16 residual+dropout", _layer_norm(64, 131072, half, "residual dropout")),
         Case("64x131072 fp32 rms", _layer_norm(64, 131072, full, "rms")),
     ]
+
+
+def essential_cases() -> list[Case]:
+    """Of those, the ones nearest to a limit: the narrowest, the hungriest of registers, the widest."""
+    names = (
+        "1Mx64 bf16", "4096x4096 bf16 residual+dropout", "4096x8192 fp32 residual+dropout",
+        "64x131072 bf16 residual+dropout"
+    )  # fmt: skip
+    return [case for case in cases() if case.name in names]
+
+
+def odd_width() -> Case:
+    return Case("512x4095 bf16", _layer_norm(512, 4095, torch.bfloat16, ""))
+
+
+def width_1000() -> Case:
+    return Case("512x1000 bf16", _layer_norm(512, 1000, torch.bfloat16, ""))
+
+
+def too_wide() -> Case:
+    return Case("256x65536 fp32 residual+dropout", _layer_norm(256, 65536, torch.float32, "residual dropout"))
 
 
 class _Driver:
@@ -182,7 +203,7 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
 
 def compile_case(case: Case, architecture: int) -> list[dict]:
-    """One row a kernel that the call launches: what was compiled for the architecture (80, 90, ...), and its figures."""
+    """One row a kernel that the call launches, compiled for the architecture (80, 90, ...): its figures."""
     with _catching(architecture) as compiled:
         case.call()
     return [

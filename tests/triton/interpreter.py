@@ -3,7 +3,8 @@
 * a cast of fp32 to bf16 truncates, where a GPU rounds to nearest even;
 * tl.dot multiplies bf16 operands as if their bit patterns were integers, because numpy has no bf16.
 
-`install` replaces the two methods for the whole process.  Kernels in bigkern/ do not depend on it, tests of their rounding do.
+`install` replaces the two methods for the whole process.  The kernels do not depend on it, tests of their
+rounding do.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ _SHIFT = np.uint64(32)
 
 
 def words(seed: int, subsequence: np.ndarray, offset: int) -> np.ndarray:
-    """The four random words of each subsequence (uint64), as uint32[..., 4].  counter = {offset, subsequence}, key = seed."""
+    """The four words of each subsequence (uint64), as uint32[..., 4].  counter = {offset, subsequence}, key = seed."""
     subsequence = np.asarray(subsequence, dtype=np.uint64)
     c0 = np.full_like(subsequence, offset & 0xFFFFFFFF)
     c1 = np.full_like(subsequence, (offset >> 32) & 0xFFFFFFFF)

@@ -86,7 +86,7 @@ def test_dot_multiplies_values(dtype):
 
 
 def test_without_the_repair_a_cast_truncates():
-    """The trap itself, in a fresh process: when Triton repairs it, this fails, and tests/triton/interpreter.py can go."""
+    """The trap itself, in a fresh process: if Triton mends it, this fails, and tests/triton/interpreter.py can go."""
     script = """
 import torch
 from tests.triton import test_interpreter as t

@@ -1,7 +1,7 @@
 """Layer norm on Triton: what it supports, how its kernels are launched, and their registration as bigkern_triton's ops.
 
-The kernels are in _triton_kernels.py.  Tile sizes are chosen here, in Python, from the shape: an autotuner would cost more per
-call than a small layer norm takes.
+The kernels are in _triton_kernels.py.  Tile sizes are chosen here, in Python, from the shape: an autotuner would cost
+more per call than a small layer norm takes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _tile(rows: int, block: int, elements: int, programs: int) -> tuple[int, int]:
-    """(rows a tile, warps): about `elements` a tile, 16 a thread, but smaller tiles when that leaves programs without any."""
+    """(rows a tile, warps): about `elements` a tile, 16 a thread; less when that leaves some of `programs` without one."""
     tile_rows = max(1, elements // block)
     while tile_rows > 1 and tile_rows * programs > rows:
         tile_rows //= 2
@@ -278,7 +278,8 @@ def _backward(grad_output, grad_summed, summed, mean, rstd, weight, rms, dropout
             maxnreg=_BACKWARD_REGISTERS,
         )
         if need_weight or need_bias:
-            finish_cols = 32
+            # At least one cache line of columns, and not many more programs than run at once.
+            finish_cols = min(1024, max(32, _power_of_two(_ceil_div(cols, 4 * multiprocessors))))
             kernels.layer_norm_finish_kernel[(_ceil_div(cols, finish_cols),)](
                 partial_weight,
                 partial_bias,
@@ -287,7 +288,7 @@ def _backward(grad_output, grad_summed, summed, mean, rstd, weight, rms, dropout
                 programs,
                 cols // align,
                 ALIGN=align,
-                ROWS=64,
+                ROWS=_TILE_ELEMENTS_BACKWARD // finish_cols,
                 BLOCK=finish_cols,
                 num_warps=4,
             )

@@ -1,4 +1,4 @@
-"""Layer norm's Triton kernels.  Imported by _triton.py when the first one is launched, because importing this imports Triton.
+"""Layer norm's Triton kernels.  Imported by _triton.py when the first one is launched: importing this imports Triton.
 
 Every tensor is rows x cols.  With x = residual + dropout(input), rounded to the input's dtype, and d = cols:
 
@@ -12,11 +12,12 @@ and, for g = grad_output * weight,
     grad_x = rstd * (g - x^ * sum(g * x^) / d - sum(g) / d) + grad_summed       (no sum(g) term for RMS norm)
     grad_weight = sum over rows of grad_output * x^,  grad_bias = sum over rows of grad_output
 
-A program holds a tile of ROWS whole rows, padded to BLOCK columns, in registers: one read, one write.  A row too wide for that
-is split over several programs, which meet in a small tensor of partial results: forward then reads its input twice, backward
-both its inputs twice.  The second reading is fast where the tensor fits in the L2 cache.
+A program holds a tile of ROWS whole rows, padded to BLOCK columns, in registers: one read, one write.  A row too wide
+for that is split over several programs, which meet in a small tensor of partial results: forward then reads its input
+twice, backward both its inputs twice.  The second reading is fast where the tensor fits in the L2 cache.
 
-Widths and strides come in units of ALIGN elements (_triton_support.alignment says why).  Element offsets are int64.
+Widths and strides come in units of ALIGN elements (_triton_support.alignment says why).  Offsets are int64: row is, and
+comes first in every product.
 """
 
 import triton
@@ -27,15 +28,18 @@ from bigkern.ops._triton_philox import dropout_keep
 
 @triton.jit
 def _sum_input(
-    x, residual, summed, philox, row, col, inside, cols, residual_stride, dropout_p, dropout_scale,
+    x, residual_tile, summed, philox, row, col, inside, cols, dropout_p, dropout_scale,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """residual + dropout(x), rounded to and stored in summed's dtype; returns the rounded sum in fp32."""
+    """residual + dropout(x), rounded to and stored in summed's dtype; returns the rounded sum in fp32.
+
+    residual_tile points to the residual's elements of the tile.
+    """
     if DROPOUT:
         first = row * cols + tl.program_id(1) * BLOCK
         keep = dropout_keep(philox, first, dropout_p, ROWS, BLOCK, ALIGN % 4 == 0)
         x = tl.where(keep, x * dropout_scale, 0.0)
-    other = tl.load(residual + row * residual_stride + col, mask=inside, other=0.0, eviction_policy="evict_first")
+    other = tl.load(residual_tile, mask=inside, other=0.0, eviction_policy="evict_first")
     rounded = (x + other.to(tl.float32)).to(summed.dtype.element_ty)
     tl.store(summed + row * cols + col, rounded, mask=inside)
     return rounded.to(tl.float32)
@@ -71,12 +75,12 @@ def layer_norm_forward_kernel(
     row = (tl.arange(0, ROWS).to(tl.int64) + tl.program_id(0) * ROWS)[:, None]
     col = (tl.arange(0, BLOCK) + tl.program_id(1) * BLOCK)[None, :]
     inside = (row < rows) & (col < cols)
-    x = tl.load(input + row * (input_stride * ALIGN) + col, mask=inside, other=0.0, eviction_policy="evict_first")
-    x = x.to(tl.float32)
+    input_tile = input + row * input_stride * ALIGN + col
+    x = tl.load(input_tile, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if residual is not None:
         x = _sum_input(
-            x, residual, summed, philox, row, col, inside, cols, residual_stride * ALIGN, dropout_p, dropout_scale,
-            ROWS, BLOCK, philox is not None, ALIGN
+            x, residual + row * residual_stride * ALIGN + col, summed, philox, row, col, inside, cols,
+            dropout_p, dropout_scale, ROWS, BLOCK, philox is not None, ALIGN
         )  # fmt: skip
 
     width = cols.to(tl.float32)
@@ -88,8 +92,8 @@ def layer_norm_forward_kernel(
             centred = tl.where(inside, x - centre, 0.0)
         squares = tl.sum(centred * centred, axis=1, keep_dims=True)
     else:
-        # ROWS is 1 here, and the splits' values are reduced to scalars: Triton 3.6 moves a broadcast [1, 1] tensor from their
-        # layout to x's through shared memory, element by element.
+        # ROWS is 1 here, and the splits' values are reduced to scalars: Triton 3.6 moves a broadcast [1, 1] tensor from
+        # their layout to x's through shared memory, element by element.
         split = tl.arange(0, SPLITS)
         part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
         present = split < tl.num_programs(1)
@@ -97,7 +101,7 @@ def layer_norm_forward_kernel(
         if RMS:
             centred = x
         else:
-            # Chan, Golub and LeVeque: deviations within the splits, plus those of the splits' means from the row's mean.
+            # Chan, Golub and LeVeque: deviations within the splits, plus those of their means from the row's mean.
             count = tl.maximum(tl.minimum(cols - split * BLOCK, BLOCK), 0).to(tl.float32)
             part_mean = tl.load(split_mean + part, mask=present, other=0.0)
             centre = tl.div_rn(tl.sum(part_mean * count, axis=0), width)
@@ -106,10 +110,10 @@ def layer_norm_forward_kernel(
         squares = tl.sum(part_squares, axis=0)
     scale = tl.rsqrt(tl.div_rn(squares, width) + eps)
 
-    first_split = (row < rows) & (tl.program_id(1) == 0)
-    if not RMS:
-        tl.store(mean + row, centre, mask=first_split)
-    tl.store(rstd + row, scale, mask=first_split)
+    if tl.program_id(1) == 0:
+        if not RMS:
+            tl.store(mean + row, centre, mask=row < rows)
+        tl.store(rstd + row, scale, mask=row < rows)
 
     result = centred * scale
     in_row = col < cols
@@ -141,11 +145,11 @@ def layer_norm_split_statistics_kernel(
     row = (tl.arange(0, 1).to(tl.int64) + tl.program_id(0))[:, None]
     col = (tl.arange(0, BLOCK) + tl.program_id(1) * BLOCK)[None, :]
     inside = (row < rows) & (col < cols)
-    x = tl.load(input + row * (input_stride * ALIGN) + col, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(input + row * input_stride * ALIGN + col, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         x = _sum_input(
-            x, residual, summed, philox, row, col, inside, cols, residual_stride * ALIGN, dropout_p, dropout_scale,
-            1, BLOCK, philox is not None, ALIGN
+            x, residual + row * residual_stride * ALIGN + col, summed, philox, row, col, inside, cols,
+            dropout_p, dropout_scale, 1, BLOCK, philox is not None, ALIGN
         )  # fmt: skip
     part = row * tl.num_programs(1) + tl.program_id(1)
     if split_mean is not None:
@@ -157,23 +161,19 @@ def layer_norm_split_statistics_kernel(
 
 
 @triton.jit
-def _load_gradient_tile(
-    grad_output, summed, mean, rstd, weight, row, col, rows, cols, grad_output_stride, summed_stride
-):  # fmt: skip
+def _load_gradient_tile(grad_output_tile, summed_tile, mean, rstd, weight_tile, row, in_rows, inside):
     """A tile's rstd, x^, grad_output and grad_output * weight, in fp32; zeros outside the tensor.
 
-    weight is the loaded [1, BLOCK] tile of it, or None.
+    grad_output_tile and summed_tile point to the tile's elements; weight_tile is the loaded [1, BLOCK] weight, or None.
     """
-    in_rows = row < rows
-    inside = in_rows & (col < cols)
-    grad = tl.load(grad_output + row * grad_output_stride + col, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(summed + row * summed_stride + col, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_output_tile, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(summed_tile, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(rstd + row, mask=in_rows, other=0.0)
     if mean is not None:
         x -= tl.load(mean + row, mask=in_rows, other=0.0)
     weighted = grad
-    if weight is not None:
-        weighted = grad * weight.to(tl.float32)
+    if weight_tile is not None:
+        weighted = grad * weight_tile.to(tl.float32)
     return scale, x * scale, grad, weighted
 
 
@@ -200,8 +200,8 @@ def layer_norm_split_sums_kernel(
     if weight is not None:
         weight_tile = tl.load(weight + col, mask=col < cols, other=0.0, eviction_policy="evict_last")
     _, normalised, _, weighted = _load_gradient_tile(
-        grad_output, summed, mean, rstd, weight_tile, row, col, rows, cols,
-        grad_output_stride * ALIGN, summed_stride * ALIGN
+        grad_output + row * grad_output_stride * ALIGN + col, summed + row * summed_stride * ALIGN + col,
+        mean, rstd, weight_tile, row, row < rows, (row < rows) & (col < cols)
     )  # fmt: skip
     part = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(split_products + part, tl.sum(weighted * normalised, axis=1, keep_dims=True))
@@ -251,8 +251,8 @@ def layer_norm_backward_kernel(
         row = (tl.arange(0, ROWS).to(tl.int64) + first)[:, None]
         inside = (row < rows) & (col < cols)
         scale, normalised, grad, weighted = _load_gradient_tile(
-            grad_output, summed, mean, rstd, weight_tile, row, col, rows, cols,
-            grad_output_stride * ALIGN, summed_stride * ALIGN
+            grad_output + row * grad_output_stride * ALIGN + col, summed + row * summed_stride * ALIGN + col,
+            mean, rstd, weight_tile, row, row < rows, inside
         )  # fmt: skip
         if split_products is None:
             products = tl.sum(weighted * normalised, axis=1, keep_dims=True)
@@ -269,9 +269,8 @@ def layer_norm_backward_kernel(
             weighted -= gradients / cols
         result = weighted * scale
         if grad_summed is not None:
-            result += tl.load(
-                grad_summed + row * (grad_summed_stride * ALIGN) + col, mask=inside, other=0.0
-            ).to(tl.float32)  # fmt: skip
+            grad_summed_tile = grad_summed + row * grad_summed_stride * ALIGN + col
+            result += tl.load(grad_summed_tile, mask=inside, other=0.0).to(tl.float32)
         if grad_residual is not None:
             tl.store(grad_residual + row * cols + col, result.to(grad_residual.dtype.element_ty), mask=inside)
         if philox is not None:
