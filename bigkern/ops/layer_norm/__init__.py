@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bigkern import backend
-from bigkern.ops.layer_norm import _torch, _triton
+from bigkern.ops.layer_norm import _cuda, _torch, _triton
 
 __all__ = ["add_layer_norm", "layer_norm", "rms_norm"]
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": _triton, "torch": _torch}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"cuda": _cuda, "triton": _triton, "torch": _torch}
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _SUPPORTED_DTYPES = "float32, bfloat16, float16 or float64"
 
