@@ -126,7 +126,7 @@ _NO_GUARD = contextlib.nullcontext()
 
 
 def device_guard(device: torch.device):
-    """A context in which Triton launches on `device`; left alone it launches on the current one, wherever tensors are."""
+    """A context in which Triton launches on `device`; without, it launches on the current one, wherever tensors are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(device)

@@ -61,7 +61,8 @@ class Problem:
         if self.residual is None:
             summed = self.input
         backward = _triton.backward(
-            self.grad_output, self.grad_summed, summed, mean, rstd, self.weight, self.rms, self.dropout_p, self.philox, self.weight is not None, self.bias is not None,
+            self.grad_output, self.grad_summed, summed, mean, rstd, self.weight,
+            self.rms, self.dropout_p, self.philox, self.weight is not None, self.bias is not None,
         )  # fmt: skip
         names = ("output", "summed", "mean", "rstd", "grad_input", "grad_residual", "grad_weight", "grad_bias")
         results = dict(zip(names, (*forward, *backward), strict=True))

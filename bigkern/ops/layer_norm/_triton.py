@@ -111,7 +111,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _tile(rows: int, block: int, elements: int, programs: int) -> tuple[int, int]:
-    """(rows a tile, warps): about `elements` a tile, 16 a thread; less when that leaves some of `programs` without one."""
+    """(rows a tile, warps): about `elements` a tile, 16 a thread; less when that leaves some `programs` without one."""
     tile_rows = max(1, elements // block)
     while tile_rows > 1 and tile_rows * programs > rows:
         tile_rows //= 2
