@@ -16,9 +16,10 @@ namespace emulator {
 namespace {
 
 constexpr int kWarpsPerGroup = 4;
-constexpr int kRows = 16;   // of one warp
-constexpr int kDepth = 16;  // elements of K in one product
-constexpr int kChunk = 8;   // elements of 16 bits that lie together under every layout and swizzle
+constexpr int kRows = 16;                   // of one warp
+constexpr int kDepth = 16;                  // elements of K in one product
+constexpr int kChunk = 8;                   // elements of 16 bits that lie together under every layout and swizzle
+constexpr uint32_t kInFlight = 0xffffffff;  // a NaN: what is read too early shows
 constexpr int kRegisterFile = 65536;
 constexpr int kMaxRegisters = 256;
 
@@ -27,6 +28,9 @@ struct WarpProduct {
   Product product;
   float* d[kWarpSize];
   const uint32_t* a[kWarpSize];
+  // The accumulators as they were, lane by lane, while the kernel's own hold kInFlight. Empty when an earlier product
+  // in flight has the same accumulators: then they are this one's when that one completes.
+  std::vector<float> before;
 };
 
 struct LaneArgument {
@@ -210,8 +214,35 @@ void execute(const WarpProduct& arguments, Fiber* reader) {
       const int row = lane / 4 + 8 * (j / 2 % 2), column = j / 4 * 8 + 2 * (lane % 4) + j % 2;
       const float value = c[row * columns + column];
       float& target = arguments.d[lane][j];
-      target = product.accumulate ? target + value : value;
+      float before = target;
+      if (!arguments.before.empty()) {
+        if (std::memcmp(&target, &kInFlight, sizeof target) != 0)
+          fail("accumulators were written with a wgmma in flight");
+        before = arguments.before[lane * columns / 2 + j];
+      }
+      target = product.accumulate ? before + value : value;
     }
+  }
+}
+
+bool overlap(const WarpProduct& x, const WarpProduct& y) {
+  return x.d[0] < y.d[0] + y.product.columns / 2 && y.d[0] < x.d[0] + x.product.columns / 2;
+}
+
+bool overlap_any(const std::vector<WarpProduct>& products, const WarpProduct& x) {
+  return std::any_of(products.begin(), products.end(), [&](const WarpProduct& y) { return overlap(x, y); });
+}
+
+// Takes the accumulators away from the kernel until the product completes.
+void take_accumulators(const WarpState& warp, WarpProduct& arguments) {
+  for (const auto& group : warp.groups) {
+    if (overlap_any(group, arguments)) return;
+  }
+  if (overlap_any(warp.open, arguments)) return;
+  const int count = arguments.product.columns / 2;
+  for (float* d : arguments.d) {
+    arguments.before.insert(arguments.before.end(), d, d + count);
+    std::memset(d, 0xff, count * sizeof(float));
   }
 }
 
@@ -275,7 +306,8 @@ void wgmma(const Product& product, float* d, const uint32_t* a, Where where) {
       fail("wgmma: the operands differ between the warps of the warpgroup", where);
     }
     if (warp.interval.late()) {
-      warp.open.push_back(arguments);
+      take_accumulators(warp, arguments);
+      warp.open.push_back(std::move(arguments));
     } else {  // products complete in order: first those still in flight
       for (auto& group : warp.groups) execute_all(group, first_lane());
       execute_all(warp.open, first_lane());
