@@ -174,6 +174,18 @@ def row(candidate: str, shape: str = "6x40", **changes) -> Row:
     return Row("layer_norm", shape, "fp32", "forward", candidate, False, "ok", **changes)
 
 
+def test_the_environment_names_the_machine_and_the_sources():
+    found = measure.environment(CPU)
+    assert found["device"].startswith("CPU") and found["type"] == "cpu" and found["torch"] == torch.__version__
+    assert found["cache_bytes"] > 0 and len(found["source"]) == 12
+
+
+def test_ceilings_are_what_a_copy_and_a_product_reach():
+    found = measure.measure_ceilings(CPU, seconds=0.0)
+    # Of any machine since 1995, and of none so far.
+    assert 0.05 < found["copy_gb_s"] < 10_000 and 1e-5 < found["matmul_tflop_s"] < 1000
+
+
 def test_results_continue_where_they_were_left(tmp_path):
     path, environment = tmp_path / "deep" / "op.json", {"device": "x"}
     first = Results(path, "op", environment)

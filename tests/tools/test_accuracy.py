@@ -50,7 +50,7 @@ def test_every_output_and_gradient_is_compared():
     assert len(plain) == 1 and 2**-11 < plain[0].torch.norm < 2**-7
 
 
-def test_report_and_exit_status(plant, capsys, tmp_path):
+def test_report_and_exit_status(plant, few_cases, capsys, tmp_path):
     path = tmp_path / "accuracy.json"
     arguments = ["--device", "cpu", "--dtype", "fp32", "--json", str(path)]
     assert accuracy.main(parse("--backend", "torch", *arguments)) == 0
@@ -63,7 +63,7 @@ def test_report_and_exit_status(plant, capsys, tmp_path):
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_what_a_backend_refuses_is_reported(plant, capsys):
+def test_what_a_backend_refuses_is_reported(plant, few_cases, capsys):
     plant(planted.refusing())
     assert accuracy.main(parse("--backend", "triton", "--device", "cpu", "--dtype", "fp32")) == 1
     assert "needs a newer GPU" in capsys.readouterr().out
