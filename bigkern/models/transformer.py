@@ -95,8 +95,10 @@ class TransformerClassifier(nn.Module):
         padding = tokens == PADDING
         # A text without a single word still needs a position to look at: softmax over none is NaN.
         padding[:, :1] = False
+        # torch's attention cannot reshape the mask of no texts at all.
+        mask = padding if tokens.numel() else None
         hidden = self.dropout(self.position(self.embedding(tokens)))
         for block in self.blocks:
-            hidden = block(hidden, padding)
+            hidden = block(hidden, mask)
         kept = (~padding).unsqueeze(2).to(hidden.dtype)
         return self.output((hidden * kept).sum(1) / kept.sum(1))

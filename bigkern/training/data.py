@@ -278,7 +278,7 @@ def read_csv(path: Path, text_column: str = "text", label_column: str = "label")
             texts.append(row[text_column])
             labels.append(row[label_column])
     except csv.Error as error:
-        raise InputError(f"{path}: line {rows.line_num} is not CSV ({error})") from error
+        raise InputError(f"{path}: not CSV after line {rows.line_num} ({error})") from error
     if not texts:
         raise InputError(f"{path}: no rows below the first line")
     return texts, labels

@@ -81,7 +81,7 @@ SHOWS = {
         "Transformer, 8 heads, feed-forward 512",
         "which of 8 Python packages a passage of 64 words of code is from",
         sources.package_sources,
-        epochs=4,
+        epochs=3,
         batch_size=32,
         lr=1e-3,
     ),
@@ -137,8 +137,8 @@ def main(args: argparse.Namespace) -> int:
     to.print(_table(results, device))
     to.print(
         "Accuracy is on held-out data; majority is what always giving the most frequent answer would reach. Speeds are "
-        "samples a second, of training steps and of inference. Each model stands beside its twin built of torch.nn alone "
-        "with the same weights; difference is the largest between any of their outputs on the held-out data.\n"
+        "samples a second, of training steps and of inference. Each model stands beside its twin, built of torch.nn "
+        "alone with the same weights; difference is the largest between any of their outputs on the held-out data.\n"
         f"{time.monotonic() - start:.0f} s in all."
     )
     if args.json:

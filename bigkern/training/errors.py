@@ -15,4 +15,4 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise InputError(f"{purpose} needs {error.name}: pip install {extra}") from error
+        raise InputError(f"{purpose} needs {error.name.partition('.')[0]}: pip install {extra}") from error

@@ -34,7 +34,7 @@ DEFAULTS = {
     "cnn-small": Defaults("classifies images of 28x28 grey pixels", "digits", 15, 32, 1e-3),
     "gru": Defaults("predicts the next character at each step", "text", 6, 64, 4e-3),
     "lstm": Defaults("predicts the character after a window of 32", "text", 2, 128, 4e-3),
-    "transformer": Defaults("classifies texts", "text", 4, 32, 1e-3),
+    "transformer": Defaults("classifies texts", "text", 3, 32, 1e-3),
 }
 
 
@@ -143,4 +143,5 @@ def choose_device(name: str | None) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

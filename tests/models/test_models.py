@@ -1,0 +1,129 @@
+"""All models: shapes, the torch.nn twin with the same weights, and that they learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bigkern
+from bigkern.models import (
+    CNN,
+    MODELS,
+    TORCH,
+    GRUModel,
+    LSTMModel,
+    SmallCNN,
+    TransformerClassifier,
+    layer_kinds,
+    layer_runs,
+)
+from bigkern.training.metrics import cross_entropy
+
+
+def images(*shape):
+    return torch.rand(shape)
+
+
+def tokens(*shape, below=11):
+    return torch.randint(1, below, shape)
+
+
+# model, arguments, inputs, shape of the logits
+CASES = {
+    "cnn": (CNN, {"input_shape": (3, 21, 19), "classes": 5}, images(4, 3, 21, 19), (4, 5)),
+    "cnn-small": (SmallCNN, {}, images(4, 1, 28, 28), (4, 10)),
+    "gru": (GRUModel, {"vocabulary": 11, "classes": 7}, tokens(4, 9), (4, 9, 7)),
+    "lstm": (LSTMModel, {"vocabulary": 11}, tokens(4, 9), (4, 11)),
+    "transformer": (TransformerClassifier, {"vocabulary": 11, "classes": 3}, tokens(4, 9), (4, 3)),
+}
+every_model = pytest.mark.parametrize("name", CASES)
+
+
+def test_every_model_has_a_case():
+    assert CASES.keys() == MODELS.keys()
+
+
+@every_model
+def test_logits_have_the_documents_shape(name):
+    model, arguments, inputs, shape = CASES[name]
+    logits = model(**arguments)(inputs)
+    assert logits.shape == shape
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+@every_model
+def test_empty_batch(name):
+    model, arguments, inputs, shape = CASES[name]
+    assert model(**arguments).eval()(inputs[:0]).shape == (0, *shape[1:])
+
+
+@every_model
+def test_twin_of_torch_gives_the_same_outputs_and_gradients(name):
+    model, arguments, inputs, _ = CASES[name]
+    ours = model(**arguments).eval()
+    twin = model(**arguments, layers=TORCH).eval()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(ours(inputs), twin(inputs))
+    twin.load_state_dict(ours.state_dict())
+    assert set(layer_kinds(twin).values()) == {"torch"}
+    assert layer_kinds(twin).keys() == layer_kinds(ours).keys()
+    torch.testing.assert_close(ours(inputs), twin(inputs), rtol=1e-5, atol=1e-6)
+    for side in (ours, twin):
+        side(inputs).square().mean().backward()
+    for (key, mine), theirs in zip(ours.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=key)
+    # and back again: the weights belong to neither side
+    ours.load_state_dict(twin.state_dict())
+
+
+@every_model
+def test_overfits_a_small_batch(name):
+    model, arguments, inputs, shape = CASES[name]
+    targets = torch.arange(shape[0]) % shape[-1]
+    if len(shape) == 3:
+        targets = inputs % shape[-1]
+    trained = model(**arguments)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = cross_entropy(trained(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert (trained.eval()(inputs).argmax(-1) == targets).all()
+
+
+def test_layers_that_bigkern_has_come_from_bigkern():
+    kinds = layer_kinds(TransformerClassifier(vocabulary=11, classes=3))
+    assert {kind: origin for kind, origin in kinds.items() if hasattr(bigkern.nn, kind)} == {"AddLayerNorm": "bigkern"}
+    assert all(origin == "torch" for kind, origin in kinds.items() if not hasattr(bigkern.nn, kind))
+    # attention's own projection is a part of it, not another layer of the model
+    assert "NonDynamicallyQuantizableLinear" not in kinds
+
+
+def test_layer_kinds_follow_the_layers_not_the_model():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Sequential(bigkern.nn.RMSNorm(4)), nn.ReLU())
+    assert layer_kinds(model) == {"LayerNorm": "torch", "RMSNorm": "bigkern", "ReLU": "torch"}
+
+
+def test_layer_runs_names_the_backend_that_ran(backend):
+    model = TransformerClassifier(vocabulary=11, classes=3).eval()
+    runs = layer_runs(model, tokens(2, 5))
+    assert str(runs["AddLayerNorm"]) == f"bigkern ({backend})"
+    assert str(runs["Linear"]) == "torch.nn"
+
+
+def test_layer_runs_leaves_no_hooks():
+    model = TransformerClassifier(vocabulary=11, classes=3).eval()
+    with pytest.raises(ValueError, match="max_length"):
+        layer_runs(model, tokens(1, 600))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_layers_names_what_is_missing():
+    with pytest.raises(AttributeError, match="'torch' has no layer 'Convolution'"):
+        TORCH.Convolution  # noqa: B018
