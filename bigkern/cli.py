@@ -35,7 +35,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         import bigkern
 
-        parser.exit(message=f"bigkern {bigkern.__version__}\n")
+        print(f"bigkern {bigkern.__version__}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
