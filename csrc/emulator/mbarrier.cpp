@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bigkern {
@@ -34,6 +36,7 @@ struct BarrierState {
 
 struct Mbarriers : BlockExtension {
   std::vector<BarrierState> states;
+  int failed_polls = 0;  // of mbarrier_try_wait, since a pending copy was completed for it
 
   void on_block_exit(Block&) override {
     for (const BarrierState& state : states) {
@@ -99,6 +102,17 @@ void arrive(BarrierState& state, int64_t expected_bytes, const char* operation, 
   word.bytes = static_cast<int32_t>(bytes);
   word.pending--;
   end_phase_if_complete(state, word);
+}
+
+// Copies left for later complete when no thread can run, which never happens while one polls for them.
+void complete_pending_if_polled_long(Block& block) {
+  constexpr int kPolls = 256;
+  int& failed = extension<Mbarriers>(block).failed_polls;
+  if (++failed < kPolls || block.pending.empty()) return;
+  failed = 0;
+  const std::function<void()> operation = std::move(block.pending.front());
+  block.pending.erase(block.pending.begin());
+  operation();
 }
 
 bool phase_has_ended(const Mbarrier* barrier, uint32_t parity) {
@@ -171,7 +185,10 @@ bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity, Where where) {
   RuntimeScope scope;
   spin_point("mbarrier_try_wait", where);
   BarrierState& state = use_by_thread(barrier, "mbarrier_try_wait", where);
-  if (!phase_has_ended(barrier, parity)) return false;
+  if (!phase_has_ended(barrier, parity)) {
+    complete_pending_if_polled_long(*current->block);
+    return false;
+  }
   happens_before_acquire(state.completed, current);
   return true;
 }

@@ -200,7 +200,8 @@ __global__ void mma_kernel(const char* in, char* out) {
 }
 
 __global__ void to_tf32_kernel(const char* in, char* out) {
-  as<uint32_t>(out)[threadIdx.x] = to_tf32(as<float>(in)[threadIdx.x]);
+  // The low 13 bits mean nothing to mma.
+  as<uint32_t>(out)[threadIdx.x] = to_tf32(as<float>(in)[threadIdx.x]) & 0xffffe000u;
 }
 
 // ---- launch.cuh

@@ -70,6 +70,7 @@ __device__ void start_barrier(Mbarrier* barrier) {
   __syncthreads();
 }
 
+template <bool kTryWait>
 __global__ void bulk_load_kernel(const char* in, char* out) {
   SharedMemory memory;
   char* tile = memory.take<char>(kBulkBytes, 128);
@@ -80,7 +81,12 @@ __global__ void bulk_load_kernel(const char* in, char* out) {
     bulk_load(tile, in, kBulkBytes / 2, barrier);
     bulk_load(tile + kBulkBytes / 2, in + kBulkBytes / 2, kBulkBytes / 2, barrier);
   }
-  mbarrier_wait(barrier, 0);
+  if (kTryWait) {
+    while (!mbarrier_try_wait(barrier, 0)) {
+    }
+  } else {
+    mbarrier_wait(barrier, 0);
+  }
   as<uint4>(out)[threadIdx.x] = as<uint4>(tile)[63 - threadIdx.x];
 }
 
@@ -356,7 +362,8 @@ const conformance::Case kCases[] = {
     {"exp2_approx", launch_case<exp2_approx_kernel, 256>},
     {"mbarrier_wait", launch_case<mbarrier_kernel<false>, 64>},
     {"mbarrier_try_wait", launch_case<mbarrier_kernel<true>, 64>},
-    {"bulk_load", launch_case<bulk_load_kernel, 64, 1, kBulkBytes + 16>},
+    {"bulk_load", launch_case<bulk_load_kernel<false>, 64, 1, kBulkBytes + 16>},
+    {"bulk_load_try_wait", launch_case<bulk_load_kernel<true>, 64, 1, kBulkBytes + 16>},
     {"bulk_store", launch_case<bulk_store_kernel, 64, 1, kBulkBytes>},
     {"bulk_reduce_add_float", launch_case<bulk_reduce_add_kernel<float>, 64, 1, kBulkBytes>},
     {"bulk_reduce_add_f16", launch_case<bulk_reduce_add_kernel<__half>, 64, 1, kBulkBytes>},
