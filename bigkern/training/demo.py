@@ -71,10 +71,10 @@ SHOWS = {
     ),
     "lstm": Show(
         "Stacked LSTM 128-128",
-        "the character after 32 characters of English text",
-        lambda: sources.language_reference(32, every_step=False, stride=10),
+        "the character after 16 characters of English text",
+        lambda: sources.language_reference(16, every_step=False, stride=10),
         epochs=1,
-        batch_size=128,
+        batch_size=64,
         lr=4e-3,
     ),
     "transformer": Show(

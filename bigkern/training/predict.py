@@ -133,12 +133,12 @@ def continuation(
         with torch.inference_mode():
             logits = model(tokens.unsqueeze(0).to(device))
         # A model that answers at each step answers last for the step that matters.
-        logits = (logits[0, -1] if logits.dim() == 3 else logits[0]).float().cpu()
-        logits[0] = -torch.inf  # symbol 0 stands for characters that cannot be written
+        # Symbol 0 stands for characters that cannot be written, so it is not in the draw.
+        logits = (logits[0, -1] if logits.dim() == 3 else logits[0])[1:].float().cpu()
         if temperature == 0:
-            token = logits.argmax().view(1)
+            token = 1 + logits.argmax().view(1)
         else:
-            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+            token = 1 + torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
         yield encoder.symbols[int(token)]
         tokens = torch.cat([tokens, token])[-encoder.length :]
 

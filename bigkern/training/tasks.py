@@ -33,7 +33,7 @@ DEFAULTS = {
     "cnn": Defaults("classifies images", "digits", 15, 64, 1e-3),
     "cnn-small": Defaults("classifies images of 28x28 grey pixels", "digits", 15, 32, 1e-3),
     "gru": Defaults("predicts the next character at each step", "text", 6, 64, 4e-3),
-    "lstm": Defaults("predicts the character after a window of 32", "text", 2, 128, 4e-3),
+    "lstm": Defaults("predicts the character after a window of 16", "text", 1, 64, 4e-3),
     "transformer": Defaults("classifies texts", "text", 3, 32, 1e-3),
 }
 
@@ -70,7 +70,7 @@ def load_dataset(
             return sources.labelled_texts(path, options.text_column, options.label_column)
         raise _wrong_data(model, name, path, "text, or a CSV file with a text and a label column")
     every_step = model == "gru"
-    length = 64 if every_step else 32
+    length = 64 if every_step else 16
     if name == "text":
         return sources.language_reference(length, every_step=every_step)
     if path.is_file():
