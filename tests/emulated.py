@@ -365,7 +365,9 @@ def _lock(folder: Path, shared: bool = False):
 def _open(path: Path, build: str) -> ModuleType:
     if build == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError("the asan build needs a process started with tests.emulated.environment('asan')")
-    spec = importlib.util.spec_from_loader(_MODULE, importlib.machinery.ExtensionFileLoader(_MODULE, str(path)))
+    # pybind11 keeps one module for each full name, and every library has its own.
+    name = f"{hashlib.sha256(str(path).encode()).hexdigest()[:12]}.{_MODULE}"
+    spec = importlib.util.spec_from_loader(name, importlib.machinery.ExtensionFileLoader(name, str(path)))
     control = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(control)
     _controls.append(control)

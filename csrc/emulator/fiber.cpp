@@ -146,14 +146,16 @@ void finish_switch(void*) {}
 #endif
 
 Stack thread_stack() {
+  static thread_local Stack stack;  // asking takes a while: for the first thread it reads /proc
+  if (stack.base) return stack;
   pthread_attr_t attributes;
-  void* base = nullptr;
-  size_t bytes = 0;
   if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
-    pthread_attr_getstack(&attributes, &base, &bytes);
+    void* base = nullptr;
+    pthread_attr_getstack(&attributes, &base, &stack.bytes);
     pthread_attr_destroy(&attributes);
+    stack.base = static_cast<char*>(base);
   }
-  return {static_cast<char*>(base), bytes};
+  return stack;
 }
 
 }  // namespace bigkern::emulator

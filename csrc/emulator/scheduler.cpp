@@ -198,7 +198,8 @@ void Scheduler::fiber_entry() {
     Scheduler* scheduler = fiber->scheduler;
     scheduler->launch_->call(scheduler->launch_->arguments);
     scheduler->exit_thread(*fiber);
-    Fiber* next = scheduler->queue_.pop();
+    // run() fills a finished block's place at once: blocks still in flight may wait for the next one.
+    Fiber* next = fiber->block->live > 0 ? scheduler->queue_.pop() : nullptr;
     scheduler->switch_to(next ? next : &scheduler->host_);
   }
 }
@@ -287,6 +288,11 @@ void Scheduler::exit_thread(Fiber& fiber) {
   }
   if (!fiber.open_copies.empty()) fail("a thread exits with cp.async copies it never committed", {});
   for (auto& entry : block.extensions) entry.second->on_thread_exit(fiber);
+  for (const Rendezvous<kWarpSize>& meeting : block.warps[fiber.warp].meetings) {
+    if (meeting.arrived > 0 && (meeting.key >> fiber.lane & 1)) {
+      fail(std::string("a lane exits while others wait for it in ") + meeting.operation, meeting.where);
+    }
+  }
   fiber.done = true;
   fiber.waiting_for = "exited";
   fiber.waiting_at = {};
@@ -495,9 +501,14 @@ Rendezvous<kWarpSize>& warp_meeting(const char* operation, unsigned mask, Where 
       if (!free) free = &meeting;
     } else if (meeting.key == mask) {
       return meeting;
-    } else if (meeting.key & mask) {
+    } else if (meeting.key >> fiber->lane & 1) {
+      // Groups may overlap while one of them can still complete; two that wait for each other's lanes cannot.
+      unsigned waiting = 0;
+      for (int i = 0; i < meeting.arrived; i++) waiting |= 1u << meeting.fiber[i]->lane;
+      if (!(mask & waiting)) continue;
       RuntimeScope scope;
-      fail(std::string(operation) + ": its mask overlaps that of " + meeting.operation + ", " + meeting.where.text(),
+      fail(std::string(operation) + ": its mask overlaps that of " + meeting.operation + ", " + meeting.where.text() +
+               ", and each waits for lanes of the other",
            where);
     }
   }

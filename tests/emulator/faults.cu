@@ -43,6 +43,14 @@ __global__ void masks_overlap(float* out) {
   if (threadIdx.x % 32 < 16) {
     out[threadIdx.x] = __shfl_xor_sync(0x0001ffffu, 1.0f, 1);
   } else {
+    out[threadIdx.x] = __shfl_xor_sync(0xffff8000u, 1.0f, 1);
+  }
+}
+
+__global__ void awaited_lane_leaves(float* out) {
+  if (threadIdx.x % 32 < 16) {
+    out[threadIdx.x] = __shfl_xor_sync(0x0001ffffu, 1.0f, 1);
+  } else {
     out[threadIdx.x] = __shfl_xor_sync(0xffff0000u, 1.0f, 1);
   }
 }
@@ -115,11 +123,10 @@ __global__ void traps(float*) {
 // A copy that is read before the wait.
 __global__ void missing_copy_wait(float* out) {
   SharedMemory shared;
-  float* tile = shared.take<float>(128);
-  cp_async16(tile + threadIdx.x % 32 * 4, out + threadIdx.x % 32 * 4);
+  float* tile = shared.take<float>(256);
+  cp_async16(tile + threadIdx.x * 4, out + threadIdx.x * 4);
   cp_async_commit();
-  __syncwarp();
-  out[64 + threadIdx.x] = tile[threadIdx.x];
+  out[1024 + threadIdx.x] = tile[threadIdx.x * 4];
   cp_async_wait<0>();
 }
 
@@ -276,6 +283,7 @@ const Named kKernels[] = {
     {"shuffle_names_absent_lanes", shuffle_names_absent_lanes, 1, 0, false},
     {"shuffle_meets_vote", shuffle_meets_vote, 1, 0, false},
     {"masks_overlap", masks_overlap, 1, 0, false},
+    {"awaited_lane_leaves", awaited_lane_leaves, 1, 0, false},
     {"caller_not_in_mask", caller_not_in_mask, 1, 0, false},
     {"source_not_in_mask", source_not_in_mask, 1, 0, false},
     {"named_barrier_counts_differ", named_barrier_counts_differ, 1, 0, false},
@@ -288,7 +296,7 @@ const Named kKernels[] = {
     {"exit_with_copies", exit_with_copies, 1, 256, false},
     {"too_much_shared", too_much_shared, 1, 256, false},
     {"traps", traps, 1, 0, false},
-    {"missing_copy_wait", missing_copy_wait, 1, 512, false},
+    {"missing_copy_wait", missing_copy_wait, 1, 1024, false},
     {"read_after_write", read_after_write, 1, 0, false},
     {"write_after_read", write_after_read, 1, 0, false},
     {"write_after_write", write_after_write, 1, 0, false},

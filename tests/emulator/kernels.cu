@@ -48,7 +48,7 @@ __global__ void warp_kernel(int* out) {
     row[9] = __shfl_sync(0xffff0000u, t, 17);
   }
   row[10] = __reduce_max_sync(0xffffffffu, t ^ 21);
-  row[11] = __popc(__activemask());
+  row[11] = static_cast<int>(__reduce_or_sync(0xffffffffu, 1u << lane));
 }
 
 __global__ void atomics_kernel(int* ints, float* floats, double* doubles, unsigned* unsigneds) {

@@ -14,7 +14,6 @@ from tests.emulator.conftest import SOURCES
 pytestmark = pytest.mark.emulated
 
 FAULTS = "tests/emulator/faults.cu"
-TRAP = "void traps(float*) { __trap(); }"
 
 
 def test_replacement_must_match_exactly_once():
@@ -36,9 +35,7 @@ def test_unknown_build():
 
 def test_compiler_errors_are_shown():
     with pytest.raises(RuntimeError, match="undeclared_name"):
-        emulated.build_library(
-            [FAULTS], "plain", "broken", replace={FAULTS: (TRAP, "void traps(float* x) { x[0] = undeclared_name; }")}
-        )
+        emulated.build_library([FAULTS], "plain", "broken", replace={FAULTS: ("__trap();", "undeclared_name();")})
 
 
 def test_asan_needs_its_environment(monkeypatch):

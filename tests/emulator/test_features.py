@@ -47,7 +47,7 @@ def test_warp_collectives(kernels):
             np.uint32(0xFF) << (lane // 8 * 8).astype(np.uint32),
             warp * 32 + np.where(lane < 16, 1, 17),
             np.maximum.reduceat(t ^ 21, [0, 32])[warp],
-            np.full(64, 32),
+            np.full(64, -1),
         ],
         axis=1,
     ).astype(np.int64)

@@ -16,7 +16,7 @@ RACES = [
     ("shuffle_as_fence", "shared memory", ["tile[threadIdx.x ^ 1]"]),
     ("uninitialised", "read of uninitialised shared memory", ["= tile[threadIdx.x]"]),
     ("copy_into_tile_being_read", "race in shared memory", ["cp_async16"]),
-    ("missing_copy_wait", "an asynchronous copy", ["= tile[threadIdx.x]", "cp_async16"]),
+    ("missing_copy_wait", "is still writing", ["= tile[threadIdx.x * 4]"]),
     ("blocks_write_one_place", "race in global memory", ["out[threadIdx.x] ="]),
     ("neighbours_read", "race in global memory", ["out[1024", "= 1;"]),
     ("last_block_no_release", "race in global memory", []),
