@@ -1,7 +1,7 @@
 """The compiled kernels: loading ``bigkern/_C*.so``, and what every op's CUDA backend asks before it serves a tensor.
 
-Importing this file loads nothing and makes no CUDA call.  CPU tensors are served only where the tests' emulated build of
-the same kernels has been loaded (tests/emulated.py), and only when the backend was asked for by name.
+Importing this file loads nothing and makes no CUDA call.  CPU tensors are served only where the tests' emulated build
+of the same kernels has been loaded (tests/emulated.py), and only when the backend was asked for by name.
 """
 
 from __future__ import annotations
@@ -78,26 +78,31 @@ def capability_major(index: int | None) -> int:
 
 
 def unsupported_tensors(op_name: str, **tensors: torch.Tensor | None) -> str | None:
-    """Why the kernels of raw op ``op_name`` cannot take these tensors (the first decides the device; None is skipped), or
-    None."""
-    device = None
+    """Why raw op ``op_name`` cannot take these tensors (the first decides the device; None is skipped), or None."""
+    first = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}; the CUDA kernels take float32, bfloat16 and float16"
-        if device is not None:
-            if tensor.device != device:
-                return f"{name} is on {tensor.device} and {first} on {device}; all must be on one device"
-            continue
-        first, device = name, tensor.device
-        if device.type == "cpu":
-            if not emulated(op_name):
-                return f"{name} is on the CPU; the CUDA kernels run there only emulated, in bigkern's own tests"
-        elif device.type != "cuda":
-            return f"{name} is on {device}; the CUDA kernels run on CUDA devices"
-        elif load() is not None:
-            return load()
-        elif capability_major(device.index) < MIN_CAPABILITY:
-            return f"{device} has compute capability below {MIN_CAPABILITY}.0"
+        if first is None:
+            first, device = name, tensor.device
+            reason = _unsupported_device(op_name, name, device)
+            if reason is not None:
+                return reason
+        elif tensor.device != device:
+            return f"{name} is on {tensor.device} and {first} on {device}; all must be on one device"
+    return None
+
+
+def _unsupported_device(op_name: str, name: str, device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if not emulated(op_name):
+            return f"{name} is on the CPU; the CUDA kernels run there only emulated, in bigkern's own tests"
+    elif device.type != "cuda":
+        return f"{name} is on {device}; the CUDA kernels run on CUDA devices"
+    elif load() is not None:
+        return load()
+    elif capability_major(device.index) < MIN_CAPABILITY:
+        return f"{device} has compute capability below {MIN_CAPABILITY}.0"
     return None

@@ -89,8 +89,8 @@ def check(arguments, *, grad_summed=True, need_weight=True, need_bias=True):
     torch_result = _torch.forward(**plain)
     truth = _torch.forward(**{name: double(value) for name, value in plain.items()})
     assert_close("output", output, torch_result[0], truth[0])
-    # One value a row, where the rule's averages mean little: rstd to its own roundings, and the mean, of which a sum near
-    # zero leaves little, to those of the differences from it.
+    # One value a row, where the rule's averages mean little: rstd to its own roundings, and the mean, of which a sum
+    # near zero leaves little, to those of the differences from it.
     eps = torch.finfo(F32).eps
     assert ((rstd / truth[3] - 1).abs() <= 2 * eps).all()
     assert summed.shape == ((0,) if residual is None else x.shape) and summed.dtype == x.dtype
@@ -130,7 +130,7 @@ def test_widths_in_registers(rows, cols, dtypes, device):
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("fused", [False, True])
 def test_widths_beyond_registers(rows, cols, dtypes, fused, device):
-    """A single row is cut into chunks; five keep a GPU of two multiprocessors busy and stay in shared memory if they fit."""
+    """A single row is cut into chunks; five occupy two multiprocessors and stay in shared memory where they fit."""
     check(inputs(rows, cols, *dtypes, device, fused=fused, dropout_p=0.1 * fused), grad_summed=fused)
 
 
@@ -179,7 +179,7 @@ def test_misaligned_views_and_row_strides(cols, dtype, device):
 
 def test_strided_gradients(device):
     arguments = inputs(5, 96, BF16, BF16, device, fused=True, dropout_p=0.5)
-    output, summed, mean, rstd = _cuda.forward(**arguments)
+    _, summed, mean, rstd = _cuda.forward(**arguments)
     grad, grad_summed = (randn(5, 96, dtype=BF16, device=device, seed=seed) for seed in (1, 2))
     rest = [arguments["weight"], False, 0.5, arguments["philox"], True, True]
     expected = _cuda.backward(grad, grad_summed, summed, mean, rstd, *rest)
