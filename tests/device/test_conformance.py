@@ -575,6 +575,18 @@ def test_tensor_maps_outside_the_drivers_limits_are_refused(change, message, tar
         target(HOPPER).run("tma_load", given, np.zeros(1 << 16, np.uint8))
 
 
+@pytest.mark.parametrize(("word", "value"), [(4, 64), (6, 512), (8, 2048), (17, 2048)])
+def test_wrong_descriptors_show(word, value):
+    """The swizzle, A's sbo, B's sbo, and where B starts: each matters, so the cases above tell."""
+    case = wgmma_case("wgmma_ss_bf16_64_b", "bf16", 64, "k", "mn", 128, False)
+    case.check(emulated_kernels(HOPPER))
+    header = case.given[:256].view(np.int32)
+    assert header[word] != value
+    header[word] = value
+    with pytest.raises(AssertionError):
+        case.check(emulated_kernels(HOPPER))
+
+
 # ---- completeness
 
 
