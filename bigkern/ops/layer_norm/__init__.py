@@ -166,18 +166,20 @@ class _LayerNorm(torch.autograd.Function):
             rows,
             mean,
             rstd,
-            None if weight is None else weight.reshape(cols),
+            _vector(weight, cols),
             ctx.rms,
             ctx.dropout_p,
             philox,
             need_weight,
             need_bias,
         )
-        if ctx.dropout_p == 0:
-            grad_residual = grad_input
+        grad_input = grad_input.view(summed.shape)
+        # Without dropout both get the same tensor, not two views of it: autograd adds to a gradient in place when
+        # nothing else holds the tensor, and looks at the tensor only, not at its storage.
+        grad_residual = grad_input if ctx.dropout_p == 0 else grad_residual.view(summed.shape)
         return (
-            grad_input.view(summed.shape) if need_input else None,
-            grad_residual.view(summed.shape) if need_residual else None,
+            grad_input if need_input else None,
+            grad_residual if need_residual else None,
             grad_weight.view(ctx.shape) if need_weight else None,
             grad_bias.view(ctx.shape).to(ctx.bias_dtype) if need_bias else None,
             *(None,) * 6,
@@ -219,8 +221,8 @@ def _forward(implementation, input, residual, weight, bias, shape, eps, rms, dro
     output, summed, mean, rstd = implementation.forward(
         _rows(input, cols),
         None if residual is None else _rows(residual, cols),
-        None if weight is None else weight.reshape(cols),
-        None if bias is None else bias.reshape(cols),
+        _vector(weight, cols),
+        _vector(bias, cols),
         eps,
         rms,
         dropout_p,
@@ -233,6 +235,10 @@ def _rows(x: Tensor, cols: int) -> Tensor:
     """``x`` as rows x cols with unit inner stride: a view where there is one."""
     x = x.reshape(-1, cols)
     return x if x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _vector(parameter: Tensor | None, cols: int) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(cols).contiguous()
 
 
 def _drop(grad: Tensor, dropout_p: float, philox: Tensor | None) -> Tensor:
