@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +48,11 @@ def load(run: Path) -> dict[str, Any]:
     path = find(run)
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        UnicodeDecodeError,
-    ):
-        raise InputError(f"{path}: not a checkpoint, or a damaged one") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:
+        # Foreign bytes make torch's reader fail in more ways than it documents (IndexError is one).
+        raise InputError(f"{path}: not a checkpoint, or a damaged one") from error
     if not isinstance(parts, dict) or not parts.keys() >= _PARTS:
         raise InputError(f"{path}: not a checkpoint of bigkern train")
     if parts["format"] != FORMAT:

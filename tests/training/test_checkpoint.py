@@ -64,11 +64,13 @@ class Harmful:
         return (exec, ("raise SystemExit('code of the file was run')",))
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "cut", "zip", "harmful", "foreign", "newer"])
+@pytest.mark.parametrize("damage", ["text", "csv", "empty", "cut", "zip", "harmful", "foreign", "newer"])
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage):
     path = checkpoint.save(tmp_path, PARTS)
     if damage == "text":
         path.write_text("hello")
+    elif damage == "csv":
+        path.write_text("text,label\ngood,a\n")
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "cut":

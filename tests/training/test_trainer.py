@@ -81,8 +81,9 @@ def test_more_epochs_later_equal_all_at_once():
     whole.fit(4)
     parts = trainer()
     parts.fit(2)
+    state = through_a_file(parts.state_dict())
     again = trainer()
-    again.load_state_dict(through_a_file(parts.state_dict()))
+    again.load_state_dict(state)
     again.fit(4)
     for ours, theirs in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
