@@ -495,12 +495,13 @@ Rendezvous<kWarpSize>& warp_meeting(const char* operation, unsigned mask, Where 
              (left < kWarpSize && mask >> left ? "do not exist" : "have exited"),
          where);
   }
+  Rendezvous<kWarpSize>* own = nullptr;
   Rendezvous<kWarpSize>* free = nullptr;
   for (Rendezvous<kWarpSize>& meeting : warp.meetings) {
     if (meeting.arrived == 0) {
       if (!free) free = &meeting;
     } else if (meeting.key == mask) {
-      return meeting;
+      own = &meeting;
     } else if (meeting.key >> fiber->lane & 1) {
       // Groups may overlap while one of them can still complete; two that wait for each other's lanes cannot.
       unsigned waiting = 0;
@@ -512,6 +513,7 @@ Rendezvous<kWarpSize>& warp_meeting(const char* operation, unsigned mask, Where 
            where);
     }
   }
+  if (own) return *own;
   if (!free) fail(std::string(operation) + ": more than four groups of lanes meet at once", where);
   return *free;
 }
