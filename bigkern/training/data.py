@@ -53,9 +53,6 @@ class Split:
             inputs = inputs.float() / 255
         return inputs, self.targets[indices].to(device, non_blocking=True)
 
-    def head(self, count: int) -> Split:
-        return Split(self.inputs[:count], self.targets[:count])
-
 
 @dataclass(frozen=True)
 class ImageEncoder:

@@ -68,8 +68,12 @@ def main(args: argparse.Namespace) -> int:
     seed = options["seed"]
 
     reading = DataOptions(**{field.name: options[field.name] for field in fields(DataOptions)})
-    with to.status(f"reading {options['data']}"):
-        dataset = load_dataset(args.model, options["data"], reading)
+    with to.status(f"reading {options['data']}") as status:
+
+        def on_image(done: int, total: int) -> None:
+            status.update(f"reading {options['data']}: {done:,} of {total:,} images")
+
+        dataset = load_dataset(args.model, options["data"], reading, on_image)
     if saved and encoder_state(dataset.encoder) != saved["data"]:
         raise InputError(f"--resume: {options['data']} is no longer the data that {out} was trained on")
     # Seeded before the model draws its first weights.
