@@ -219,17 +219,17 @@ def _speeds(
 
 
 def _table(results: list[Result], device: torch.device):
-    figures = ("accuracy", "majority", "training/s", "inference/s", "difference")
+    figures = ("accuracy", "majority", "training/s\n(torch.nn)", "inference/s\n(torch.nn)", "difference")
     drawn = table(f"bigkern {bigkern.__version__} on {device_name(device)}", "model", "layers", *figures, right=figures)
     drawn.show_lines = True
     for result in results:
         drawn.add_row(
-            f"[bold]{result.title}[/]\n{result.task}",
+            f"[bold]{result.title}[/]",
             "\n".join(result.layers),
             f"{result.accuracy:.1%}",
             f"{result.majority_accuracy:.1%}",
-            f"{result.training_speed:,.0f}\ntorch.nn {result.training_speed_torch:,.0f}",
-            f"{result.inference_speed:,.0f}\ntorch.nn {result.inference_speed_torch:,.0f}",
+            f"{result.training_speed:,.0f}\n({result.training_speed_torch:,.0f})",
+            f"{result.inference_speed:,.0f}\n({result.inference_speed_torch:,.0f})",
             f"{result.largest_difference:.1e}" if result.largest_difference else "0",
         )
     return drawn

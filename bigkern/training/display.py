@@ -23,7 +23,7 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()):
     """An empty rich table; ``right`` names the columns of figures."""
     drawn = require("rich.table", "'bigkern[cli]'", "this command").Table(title=title, title_justify="left")
     for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left")
+        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return drawn
 
 
