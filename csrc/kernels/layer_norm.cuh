@@ -40,7 +40,11 @@
 // term: s - mean is exact for rows with a mean far from zero. Chunks combine by Chan's formula. All sums have a fixed
 // order, so equal inputs give equal bits. A row is never mixed with another, nor a NaN of it.
 //
-// Expected: the time of the bytes above at the copy rate, once the matrix is some tens of MB; not measured.
+// Registers, by ptxas for sm_80 and sm_90a: forward at most 64, so that 1024 threads a multiprocessor hold 64 KiB of
+// loads in flight; backward at most 128, so 512 threads with 32 KiB and the next row's among them; nothing spills.
+//
+// Expected: the time of the bytes above at the copy rate, once the matrix is some tens of MB; rows beyond kWideBytes
+// pay for one more pass over L2 and the launches between. Not measured.
 #pragma once
 
 #include "device/device.cuh"
@@ -124,6 +128,18 @@ __device__ __forceinline__ void load_parameter(const void* parameter, int64_t fi
   }
 }
 
+// To global memory, in one access: a plain store is split into words where the compiler loses sight of the alignment.
+template <class T, int V>
+__device__ __forceinline__ void store_global(T* p, const Vec<T, V>& values) {
+  if constexpr (sizeof(T) * V == 16) {
+    Held<T, V> held;
+    held.set(values);
+    __stcg(reinterpret_cast<uint4*>(p), held.word);
+  } else {
+    store_vec<T, V>(p, values);
+  }
+}
+
 // This thread's first column of an item within a tile.
 template <int kLanes, int V>
 __device__ __forceinline__ int item_column(int item, int lane) {
@@ -195,7 +211,7 @@ __device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int
         sum.v[j] = from_float<T>(dropped + to_float(addend.v[j]));
       }
       tile[i].set(sum);
-      store_vec<T, V>(static_cast<T*>(p.summed) + start + column, sum);
+      store_global<T, V>(static_cast<T*>(p.summed) + start + column, sum);
     }
   }
 }
@@ -258,7 +274,7 @@ __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p
   for (int j = 0; j < V; j++) {
     out.v[j] = from_float<T>(((to_float(x.v[j]) - m.center) - m.correction) * rstd * weight[j] + bias[j]);
   }
-  store_vec<T, V>(static_cast<T*>(p.output) + row * p.cols + first + column, out);
+  store_global<T, V>(static_cast<T*>(p.output) + row * p.cols + first + column, out);
 }
 
 __device__ __forceinline__ void store_statistics(const LayerNormForwardParams& p, int64_t row, const Moments& m,
@@ -358,7 +374,7 @@ __device__ __forceinline__ int chunk_cols(int64_t cols, int64_t chunk) {
 }  // namespace layer_norm
 
 // First half of a wide row: each chunk's mean and sum of squares about it, into partial[block]. Forms the sum with the
-// residual. Plain loads would leave the chunk in L2 no better: evict-first lines go only when something needs the room.
+// residual.
 template <class T, int V, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_forward_moments_kernel(const LayerNormForwardParams p, layer_norm::Chunks chunks, float2* partial) {
@@ -625,13 +641,13 @@ __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p
       if (p.grad_residual != nullptr) {
 #pragma unroll
         for (int j = 0; j < V; j++) out.v[j] = from_float<T>(result[j]);
-        store_vec<T, V>(static_cast<T*>(p.grad_residual) + start + column, out);
+        store_global<T, V>(static_cast<T*>(p.grad_residual) + start + column, out);
 #pragma unroll
         for (int j = 0; j < V; j++) result[j] = kept >> (i * V + j) & 1 ? result[j] * p.dropout_scale : 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < V; j++) out.v[j] = from_float<T>(result[j]);
-      store_vec<T, V>(static_cast<T*>(p.grad_input) + start + column, out);
+      store_global<T, V>(static_cast<T*>(p.grad_input) + start + column, out);
     }
   }
 }
@@ -689,7 +705,7 @@ __device__ __forceinline__ void store_thread_sums(const float (&sums)[kItems][V]
         if (add) part = load_vec<float, kStep>(partial + column + j);
 #pragma unroll
         for (int k = 0; k < kStep; k++) part.v[k] += sums[i][j + k];
-        store_vec<float, kStep>(partial + column + j, part);
+        store_global<float, kStep>(partial + column + j, part);
       }
     }
   }
@@ -806,10 +822,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < V; j += 4) {
       if (partial.weight != nullptr) {
-        store_vec<float, 4>(partial.weight + start + column + j, load_vec<float, 4>(Sums::slot(sums.weight, i, j)));
+        store_global<float, 4>(partial.weight + start + column + j, load_vec<float, 4>(Sums::slot(sums.weight, i, j)));
       }
       if (partial.bias != nullptr) {
-        store_vec<float, 4>(partial.bias + start + column + j, load_vec<float, 4>(Sums::slot(sums.bias, i, j)));
+        store_global<float, 4>(partial.bias + start + column + j, load_vec<float, 4>(Sums::slot(sums.bias, i, j)));
       }
     }
   }
