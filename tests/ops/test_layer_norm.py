@@ -87,7 +87,8 @@ def test_scales(backend, device, form, dtype, scale):
 @dtypes
 @pytest.mark.parametrize("mean", pick([-1e3, 10.0, 1e3], [1e3]))
 def test_mean_far_from_zero(backend, device, form, dtype, mean):
-    check(form, form.inputs(4, 320, dtype=dtype, device=device, mean=mean))
+    # The error is that of each row's mean, so rows are what must be many for torch's own error to be more than luck.
+    check(form, form.inputs(64, 160, dtype=dtype, device=device, mean=mean))
 
 
 def test_constant_rows_are_zero_before_the_bias(backend, device):

@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import bigkern
@@ -203,7 +204,7 @@ def test_compile_fullgraph(backend, device, compiler):
 
 def test_compile_dynamic_shapes(backend, device):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(all_three, fullgraph=True, backend=counter, dynamic=True)
     for shape in ((6, 32), (9, 48), (2, 3, 24)):
         inputs = ADD_LAYER_NORM.inputs(*shape, device=device)
