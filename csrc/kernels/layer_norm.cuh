@@ -178,22 +178,27 @@ __device__ __forceinline__ uint32_t kept_elements(const Params& p, int64_t start
   return kept;
 }
 
-template <int kLanes, class T, int V, int kItems>
+// kReadAgain: a second kernel reads the same and shall find it in L2, from where a streaming load would go first.
+template <int kLanes, bool kReadAgain = false, class T, int V, int kItems>
 __device__ __forceinline__ void load_tile(const T* tile_start, int lane, int cols, Held<T, V> (&tile)[kItems]) {
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kLanes, V>(i, lane);
-    if (column < cols) tile[i].set(load_vec_streaming<T, V>(tile_start + column));
+    if constexpr (kReadAgain) {
+      if (column < cols) tile[i].set(load_vec<T, V>(tile_start + column));
+    } else {
+      if (column < cols) tile[i].set(load_vec_streaming<T, V>(tile_start + column));
+    }
   }
 }
 
 // ---- Forward ----
 
 // Loads the tile of `cols` columns from column `first` of a row; with a residual, forms the sum and stores it.
-template <int kLanes, class T, int V, int kItems>
+template <int kLanes, bool kReadAgain = false, class T, int V, int kItems>
 __device__ __forceinline__ void load_summed(const LayerNormForwardParams& p, int64_t row, int64_t first, int lane,
                                             int cols, Held<T, V> (&tile)[kItems]) {
-  load_tile<kLanes>(static_cast<const T*>(p.input) + row * p.input_stride + first, lane, cols, tile);
+  load_tile<kLanes, kReadAgain>(static_cast<const T*>(p.input) + row * p.input_stride + first, lane, cols, tile);
   if (p.residual == nullptr) return;
   Held<T, V> residual[kItems];
   load_tile<kLanes>(static_cast<const T*>(p.residual) + row * p.residual_stride + first, lane, cols, residual);
@@ -383,7 +388,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = chunks.begin + blockIdx.x / chunks.chunks, chunk = blockIdx.x % chunks.chunks;
   const int cols = chunk_cols<kTileCols>(p.cols, chunk);
   Held<T, V> tile[kItems];
-  load_summed<kThreads>(p, row, chunk * kTileCols, threadIdx.x, cols, tile);
+  load_summed<kThreads, true>(p, row, chunk * kTileCols, threadIdx.x, cols, tile);
   const Moments moments = tile_moments<kThreads, kThreads>(tile, threadIdx.x, cols, p.rms);
   if (threadIdx.x == 0) partial[blockIdx.x] = make_float2(moments.center + moments.correction, moments.squares);
 }
@@ -512,11 +517,12 @@ struct BackwardTile {
 };
 
 // The tile of `cols` columns from column `first` of a row; nothing when cols is 0.
-template <int kLanes, class T, int V, int kItems>
+template <int kLanes, bool kReadAgain = false, class T, int V, int kItems>
 __device__ __forceinline__ void load_backward(const LayerNormBackwardParams& p, int64_t row, int64_t first, int lane,
                                               int cols, BackwardTile<T, V, kItems>& tile) {
-  load_tile<kLanes>(static_cast<const T*>(p.summed) + row * p.summed_stride + first, lane, cols, tile.x);
-  load_tile<kLanes>(static_cast<const T*>(p.grad_output) + row * p.grad_output_stride + first, lane, cols, tile.grad);
+  load_tile<kLanes, kReadAgain>(static_cast<const T*>(p.summed) + row * p.summed_stride + first, lane, cols, tile.x);
+  load_tile<kLanes, kReadAgain>(static_cast<const T*>(p.grad_output) + row * p.grad_output_stride + first, lane, cols,
+                                tile.grad);
   if (cols > 0) {
     tile.mean = p.mean == nullptr ? 0.0f : p.mean[row];
     tile.rstd = p.rstd[row];
@@ -840,7 +846,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = chunks.begin + blockIdx.x / chunks.chunks, chunk = blockIdx.x % chunks.chunks;
   const int cols = chunk_cols<kTileCols>(p.cols, chunk);
   BackwardTile<T, V, kItems> tile;
-  load_backward<kThreads>(p, row, chunk * kTileCols, threadIdx.x, cols, tile);
+  load_backward<kThreads, true>(p, row, chunk * kTileCols, threadIdx.x, cols, tile);
   float sums[2];
   sum_tile<W, kThreads>(p, chunk * kTileCols, threadIdx.x, cols, tile, sums);
   row_sum<kThreads, kThreads>(sums);
