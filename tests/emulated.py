@@ -203,13 +203,12 @@ class _Toolchain(NamedTuple):
 
 @cache
 def _toolchain(build: str) -> _Toolchain:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 
     compiler = os.environ.get("CXX", "g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    includes = [str(path) for path in _cuda_includes()] + [pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [str(path) for path in _cuda_includes()] + [_pybind11_include(), sysconfig.get_path("include")]
     flags = [*_COMMON, *_EMULATOR_FLAGS[build], *_KERNEL_FLAGS[build], *_LINK_FLAGS[build]]
     key = _hash(version, *flags, *includes, torch.__version__, sys.version)
     return _Toolchain(
@@ -221,6 +220,17 @@ def _toolchain(build: str) -> _Toolchain:
         key=key,
         folder=FOLDER / f"{build}-{key}",
     )
+
+
+def _pybind11_include() -> str:
+    """pybind11's headers: the package's, or the copy that torch carries, as on a GPU machine without a network."""
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        return pybind11.get_include()
+    import torch
+
+    return str(Path(torch.__file__).parent / "include")
 
 
 def _cuda_includes() -> list[Path]:

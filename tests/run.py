@@ -38,7 +38,7 @@ def worlds() -> list[World]:
 
     # One worker a core; files stay whole so that a file's compiled helper is built once.
     spread = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
-    sanitized = ["tests/kernels", "tests/ops", "-m", "sanitized", "--backends", "cuda"]
+    sanitized = ["tests/kernels", "tests/ops", "tests/device", "-m", "sanitized", "--backends", "cuda", *spread]
     return [
         World("torch and emulated", ["tests", *spread], {}, "emulated"),
         World(
@@ -66,7 +66,8 @@ def run(world: World, full: bool, reports: Path) -> tuple[bool, dict[str, int]]:
     """Runs one world; returns whether it passed and the sum of its processes' counts."""
     folder = reports / world.name.replace(" ", "-")
     folder.mkdir()
-    environment = os.environ | world.environment | {"BIGKERN_TEST_REPORT": str(folder)}
+    # Torch's threads would fight those of the other pytest workers and of the emulator for the same cores.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BIGKERN_TEST_REPORT": str(folder)} | world.environment
     if full:
         environment["BIGKERN_TEST_GRID"] = "full"
     command = [sys.executable, "-m", "pytest", *world.arguments]
