@@ -206,12 +206,14 @@ def test_compile_dynamic_shapes(backend, device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(all_three, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
     for shape in ((6, 32), (9, 48), (2, 3, 24)):
         inputs = ADD_LAYER_NORM.inputs(*shape, device=device)
         for mine, eager in zip(numerics.run(compiled, inputs), numerics.run(all_three, inputs), strict=True):
             for a, b in zip(mine, eager, strict=True):
                 torch.testing.assert_close(a, b)
-    assert counter.frame_count == 2  # one for each number of dimensions
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] < counts[2]  # compiled again for another number of dimensions only
 
 
 def test_compiled_graphs_hold_the_kernels(backend, device):
