@@ -166,8 +166,11 @@ def _lines(reasons: dict[str, str | None]) -> str:
 
 
 def _warn_once(message: str) -> None:
-    # torch.compile cannot trace a warning; the eager call before it, or the table of bigkern.backends(), says the same.
-    if message in _warned or torch.compiler.is_compiling():
-        return
-    _warned.add(message)
-    warnings.warn(message + ". This is said once.", stacklevel=4)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"{message}. This is said once.", stacklevel=4)
+
+
+# Run while torch.compile traces, which cannot trace a warning.  torch.compiler.assume_constant_result would set this
+# too, and import all of torch._dynamo for it.
+_warn_once._dynamo_marked_constant = True

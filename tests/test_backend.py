@@ -138,6 +138,17 @@ def test_torch_compile_follows_a_change_of_backend():
     assert name(CPU).item() == 12
 
 
+def test_torch_compile_traces_the_choice_and_still_warns():
+    parts = {name: stand_in(name, reason) for name, reason in zip(backend.NAMES, ("no a", "no b", None), strict=True)}
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def add_one(x):
+        return x + {"cuda": 3, "triton": 2, "torch": 1}[backend.select("op", parts, GPU).name]
+
+    with pytest.warns(UserWarning, match="cuda: no a; triton: no b"):
+        assert add_one(CPU).item() == 1
+
+
 def run(script: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", script],
