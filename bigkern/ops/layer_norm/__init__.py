@@ -72,7 +72,7 @@ def rms_norm(
     """
     shape = _check("rms_norm", input, normalized_shape, weight, None, 1.0 if eps is None else eps)
     if backend.uses_torch(input):
-        return _torch.compose(input, None, shape, weight, None, eps, True, 0.0, None)[0]
+        return torch.rms_norm(input, shape, weight, eps)
     if eps is None:
         eps = torch.finfo(_torch.accumulator(input.dtype)).eps
     if torch.is_autocast_enabled(input.device.type):
@@ -270,8 +270,8 @@ def _check(
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input is a {type(input).__name__}; expected a torch.Tensor")
     # Slicing a torch.Size takes half a microsecond, which the usual single dimension need not pay.
-    fits = input.ndim > 0 and input.shape[-1] == shape[0] if len(shape) == 1 else input.shape[-len(shape) :] == shape
-    if not fits or not shape:
+    sizes, dims = input.shape, len(shape)
+    if not (sizes and sizes[-1] == shape[0] if dims == 1 else dims and sizes[-dims:] == shape):
         raise ValueError(
             f"{op}: input has shape {tuple(input.shape)}, which does not end in normalized_shape {shape}; "
             "normalized_shape is the sizes of the input's last dimensions, at least one"
