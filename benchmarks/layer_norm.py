@@ -45,7 +45,8 @@ static_plan = [
     # A row of 16,384 floats, or 32,768 16-bit numbers.
     KernelPlan(r"^layer_norm_forward_shared_kernel<\w+, \w+, [48],", 512, _FORWARD, True, shared_bytes=65536),
     KernelPlan(r"^layer_norm_forward_shared_kernel<\w+, \w+, 1,", 512, _FORWARD, shared_bytes=65536),
-    KernelPlan(r"^layer_norm_forward_(moments|apply)_kernel<", 256, _FORWARD),
+    KernelPlan(r"^layer_norm_forward_(moments|apply)_kernel<[\w, ]*, [48], ", 256, _FORWARD, vectorised=True),
+    KernelPlan(r"^layer_norm_forward_(moments|apply)_kernel<[\w, ]*, 1, ", 256, _FORWARD),
     *(
         KernelPlan(rf"^layer_norm_backward_kernel<\w+, \w+, [48], \d+, {threads}>", threads, _BACKWARD, vectorised=True)
         for threads in (256, 512)
@@ -56,7 +57,8 @@ static_plan = [
     ),
     KernelPlan(r"^layer_norm_backward_shared_kernel<", 512, _BACKWARD, vectorised=True),
     KernelPlan(r"^layer_norm_backward_sums_kernel<", 256, _FORWARD),
-    KernelPlan(r"^layer_norm_backward_apply_kernel<", 256, _BACKWARD),
+    KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, \w+, [48], ", 256, _BACKWARD, vectorised=True),
+    KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, \w+, 1, ", 256, _BACKWARD),
     KernelPlan(r"^layer_norm_parameter_gradients_kernel<", 256, _FORWARD),
 ]
 

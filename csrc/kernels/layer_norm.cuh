@@ -381,7 +381,7 @@ __device__ __forceinline__ int chunk_cols(int64_t cols, int64_t chunk) {
 // First half of a wide row: each chunk's mean and sum of squares about it, into partial[block]. Forms the sum with the
 // residual.
 template <class T, int V, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     layer_norm_forward_moments_kernel(const LayerNormForwardParams p, layer_norm::Chunks chunks, float2* partial) {
   using namespace layer_norm;
   constexpr int kItems = kForwardItems<V>, kTileCols = kThreads * kItems * V;
