@@ -84,6 +84,8 @@ def extension() -> dict:
         sorted(
             str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/torch/*.cpp"), *ROOT.glob("csrc/kernels/*.cu")]
         ),
+        # setuptools asks ninja at all only when one of these is newer than the object.
+        depends=[str(path) for path in ROOT.glob("csrc/*/**/*.*h")] + [__file__],
         include_dirs=[str(ROOT / "csrc"), str(cuda / "include")],
         library_dirs=[str(path) for path in (cuda / "lib64", cuda / "lib") if path.is_dir()],
         libraries=["cudart_static", "rt", "dl", "pthread"],
