@@ -40,6 +40,11 @@ def find_cuda() -> Path | None:
     return next((Path(home).resolve() for home in homes if home and (Path(home) / "bin/nvcc").exists()), None)
 
 
+def nvcc_version(cuda: Path) -> str:
+    said = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
+
+
 def visible_archs(torch) -> str:
     """TORCH_CUDA_ARCH_LIST for the GPUs of this machine; 9.0 and later need the architecture-specific target."""
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -68,8 +73,10 @@ def extension() -> dict:
     from torch.utils import cpp_extension
 
     cuda = find_cuda()
-    # A CPU-only torch forces CUDA_HOME to None although it can compile and load our object.
+    # A CPU-only torch forces CUDA_HOME to None although it can compile and load our object; and, having no CUDA version
+    # of its own, it would write no header dependencies for nvcc: a changed header would not be compiled again.
     cpp_extension.CUDA_HOME = str(cuda)
+    torch.version.cuda = torch.version.cuda or nvcc_version(cuda)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", visible_archs(torch) or SHIPPED_ARCHS)
     cccl = [f"-I{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
