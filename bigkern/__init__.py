@@ -4,4 +4,14 @@ from bigkern import nn, ops
 from bigkern.backend import Availability, BackendError, backends, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["Availability", "BackendError", "backends", "nn", "ops", "use_backend"]
+__all__ = ["Availability", "BackendError", "backends", "nn", "ops", "selfcheck", "use_backend"]
+
+
+def selfcheck(*args, **kwargs):
+    """Run every op of every available backend here against float64; quarantine what fails and return the report.
+
+    Arguments as :func:`bigkern.tools.selfcheck.selfcheck`, which is imported when it is called.
+    """
+    from bigkern.tools.selfcheck import selfcheck
+
+    return selfcheck(*args, **kwargs)
