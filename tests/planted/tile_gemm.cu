@@ -108,8 +108,8 @@ inline int tile_gemm(const TileGemmParams& p, Stream stream) {
 
 // 0, or an error code whose message lands in `error`.
 extern "C" int run_tile_gemm(const void* a, const void* b, float* c, int m, int n, int k, char* error, int size) {
-  const bigkern::TileGemmParams params{static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c,
-                                       m, n, k};
+  const bigkern::TileGemmParams params{
+      static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c, m, n, k};
   const int code = bigkern::tile_gemm(params, nullptr);
   if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
   return code;
