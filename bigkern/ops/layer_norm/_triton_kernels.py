@@ -45,6 +45,19 @@ def _sum_input(
     return rounded.to(tl.float32)
 
 
+@triton.jit
+def _centre(x, inside, width):
+    """Each row's mean over width elements, and x less it; zeros outside.
+
+    The sum of a row far from zero rounds by more than the row's small differences need.  Those, from the mean so found,
+    are exact or small: their own mean is what it lacks.
+    """
+    mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), width)
+    centred = tl.where(inside, x - mean, 0.0)
+    correction = tl.div_rn(tl.sum(centred, axis=1, keep_dims=True), width)
+    return mean + correction, tl.where(inside, centred - correction, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "col_units", "input_stride", "residual_stride"])
 def layer_norm_forward_kernel(
     input,  # rows x cols, stride input_stride * ALIGN
@@ -88,8 +101,7 @@ def layer_norm_forward_kernel(
         if RMS:
             centred = x
         else:
-            centre = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), width)
-            centred = tl.where(inside, x - centre, 0.0)
+            centre, centred = _centre(x, inside, width)
         squares = tl.sum(centred * centred, axis=1, keep_dims=True)
     else:
         # ROWS is 1 here, and the splits' values are reduced to scalars: Triton 3.6 moves a broadcast [1, 1] tensor from
@@ -105,6 +117,7 @@ def layer_norm_forward_kernel(
             count = tl.maximum(tl.minimum(cols - split * BLOCK, BLOCK), 0).to(tl.float32)
             part_mean = tl.load(split_mean + part, mask=present, other=0.0)
             centre = tl.div_rn(tl.sum(part_mean * count, axis=0), width)
+            centre += tl.div_rn(tl.sum((part_mean - centre) * count, axis=0), width)
             part_squares += count * (part_mean - centre) * (part_mean - centre)
             centred = x - centre
         squares = tl.sum(part_squares, axis=0)
@@ -154,9 +167,8 @@ def layer_norm_split_statistics_kernel(
     part = row * tl.num_programs(1) + tl.program_id(1)
     if split_mean is not None:
         count = tl.minimum(cols - tl.program_id(1) * BLOCK, BLOCK).to(tl.float32)
-        centre = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), count)
+        centre, x = _centre(x, inside, count)
         tl.store(split_mean + part, centre)
-        x = tl.where(inside, x - centre, 0.0)
     tl.store(split_squares + part, tl.sum(x * x, axis=1, keep_dims=True))
 
 
