@@ -51,6 +51,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "sanitized: also runs under the race checker and AddressSanitizer (keep it small)"
     )
+    config.addinivalue_line("markers", "xdist_group(name): tests that share a process under pytest-xdist")
     names = config.getoption("--backends").split(",")
     if "triton" in names and config.getoption("--device") == "cpu" and not _INTERPRETED:
         raise pytest.UsageError("--backends triton on the CPU needs TRITON_INTERPRET=1 in the environment")

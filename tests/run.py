@@ -36,8 +36,8 @@ class World(NamedTuple):
 def worlds() -> list[World]:
     from tests import emulated
 
-    # One worker a core; files stay whole so that a file's compiled helper is built once.
-    spread = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
+    # One worker a core. Tests spread freely (builds are cached and locked) but for those marked xdist_group.
+    spread = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadgroup"]
     sanitized = ["tests/kernels", "tests/ops", "tests/device", "-m", "sanitized", "--backends", "cuda", *spread]
     return [
         World("torch and emulated", ["tests", *spread], {}, "emulated"),

@@ -14,7 +14,8 @@ from benchmarks import static
 from benchmarks.static import KernelPlan, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.compiled
+# In one process: the disassembly of all kernels takes half a minute.
+pytestmark = [pytest.mark.compiled, pytest.mark.xdist_group("static")]
 
 needs_extension = pytest.mark.skipif(
     not list((ROOT / "bigkern").glob("_C*.so")) and os.environ.get("BIGKERN_EXT") != "1",
