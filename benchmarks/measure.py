@@ -190,7 +190,7 @@ def gate(
         if name not in actual:
             return Verdict("wrong", f"no {name}", None)
         found, own = errors(actual[name], exact), reference.torch_errors[name]
-        allowed = limit(own, actual[name].dtype, factor)
+        allowed = limit(own, actual[name].dtype, actual[name].numel(), factor)
         if not (found.norm <= allowed.norm and found.max <= allowed.max):
             error, most = f"{found.norm:.1e} (norm) {found.max:.1e} (max)", f"{allowed.norm:.1e} and {allowed.max:.1e}"
             return Verdict("wrong", f"{name}: error {error}, allowed {most}", None)

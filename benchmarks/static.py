@@ -179,7 +179,8 @@ def sass(path: Path, archs: list[str]) -> Iterator[str]:
     wanted = r"arch = |Function : |\b(LDG|STG|HMMA|HGMMA|LDSM|UTMA|UBLKCP|LDL|STL|BAR|ATOM|RED)"
 
     def disassembled(arch: str) -> list[str]:
-        dump = subprocess.Popen([tool("cuobjdump"), "-sass", "-arch", arch, str(path)], stdout=subprocess.PIPE)
+        only = ["-arch", arch] if len(archs) > 1 else []  # refused for a cubin, which has one anyway
+        dump = subprocess.Popen([tool("cuobjdump"), "-sass", *only, str(path)], stdout=subprocess.PIPE)
         kept = subprocess.run(["grep", "-E", wanted], stdin=dump.stdout, stdout=subprocess.PIPE, text=True)
         if dump.wait():
             raise RuntimeError(f"cuobjdump -sass {path} failed")

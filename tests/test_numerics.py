@@ -69,5 +69,4 @@ def test_nan_must_be_where_the_truth_has_it():
         [1.0, 0.0, float("inf")],
         [1.0, float("nan"), -float("inf")],
     ):
-        with pytest.raises(AssertionError):
-            numerics.errors(torch.tensor(wrong), truth)
+        assert numerics.errors(torch.tensor(wrong), truth) == (float("inf"), float("inf"))

@@ -20,7 +20,7 @@ from bigkern.ops import _extension
 from bigkern.ops.layer_norm import _cuda, _torch
 from tests import emulated
 from tests.conftest import pick
-from tests.numerics import assert_close, unwritten_memory_is_nan
+from tests.numerics import assert_close, uninitialised_memory_is_nan
 from tests.triton.philox import keep_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def check(arguments, *, grad_summed=True, need_weight=True, need_bias=True):
     rms, dropout_p, philox = arguments["rms"], arguments["dropout_p"], arguments["philox"]
     need_bias = need_bias and not rms
     assert _cuda.unsupported(*list(arguments.values())[:-1]) is None
-    with unwritten_memory_is_nan():
+    with uninitialised_memory_is_nan():
         output, summed, mean, rstd = _cuda.forward(**arguments)
     norm_input = x if residual is None else summed
     plain = {**arguments, "input": norm_input, "residual": None, "dropout_p": 0.0}
@@ -105,7 +105,7 @@ def check(arguments, *, grad_summed=True, need_weight=True, need_bias=True):
     grad, grad_of_sum = (randn(*x.shape, dtype=x.dtype, device=x.device, seed=seed) for seed in (4, 5))
     grads = [grad, grad_of_sum if grad_summed else None, norm_input]
     rest = [weight, rms, dropout_p, philox, need_weight, need_bias]
-    with unwritten_memory_is_nan():
+    with uninitialised_memory_is_nan():
         found = _cuda.backward(*grads, mean, rstd, *rest)
     torch_grads = _torch.backward(*grads, *torch_result[2:], *rest)
     true_grads = _torch.backward(*map(double, grads), *truth[2:], *map(double, rest))
