@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def interpreter():
 
 # What really ran, for tests/run.py: a world that executed no kernel must not pass for one that did.
 _counts: Counter[str] = Counter()
+_launches = 0
+
+
+def _new_launches() -> int:
+    """Kernels launched on the emulator since the last call; a test may have set the counters back meanwhile."""
+    global _launches
+    emulated = sys.modules.get("tests.emulated")
+    before, _launches = _launches, emulated.launches() if emulated else 0
+    return _launches - before if _launches >= before else _launches
 
 
 @pytest.hookimpl(wrapper=True)
@@ -130,8 +140,9 @@ def pytest_runtest_makereport(item, call):
         _counts[report.outcome] += 1
     if report.when == "call" and report.passed:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        emulated = "emulator" in item.fixturenames or item.get_closest_marker("emulated")
-        _counts["emulated"] += bool(emulated or backend == "cuda")
+        launches = _new_launches()
+        _counts["emulated"] += launches > 0
+        _counts["emulated_launches"] += launches
         _counts["interpreted"] += _INTERPRETED and (backend == "triton" or "triton" in item.path.parts)
         _counts["compiled"] += item.get_closest_marker("compiled") is not None
     return report
@@ -141,7 +152,4 @@ def pytest_sessionfinish(session):
     folder = os.environ.get("BIGKERN_TEST_REPORT")
     if not folder:
         return
-    from tests import emulated
-
-    _counts["emulated_launches"] += emulated.launches()
     (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(_counts))
