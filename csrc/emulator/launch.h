@@ -1,21 +1,12 @@
 // Launching kernels and asking about the emulated device; the counterpart of device/cuda/launch.cuh.
 #pragma once
 
-#include <vector_types.h>
-
 #include <cstddef>
 
-#include "device/stream.h"
+#include "device/launch_config.h"
 #include "emulator/core.h"
 
 namespace bigkern {
-
-struct LaunchConfig {
-  dim3 grid, block;
-  size_t shared_bytes = 0;
-  Stream stream = nullptr;
-  bool cooperative = false;  // all blocks resident at once, as a grid-wide exchange needs
-};
 
 namespace emulator {
 

@@ -1,20 +1,13 @@
 // Launching kernels and asking about the current device.
 #pragma once
 
-#include "device/stream.h"
+#include "device/launch_config.h"
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
 
 namespace bigkern {
-
-struct LaunchConfig {
-  dim3 grid, block;
-  size_t shared_bytes = 0;
-  Stream stream = nullptr;
-  bool cooperative = false;  // all blocks resident at once, as a grid-wide exchange needs
-};
 
 namespace detail {
 
