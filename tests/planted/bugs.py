@@ -151,4 +151,28 @@ BUGS = [
         "group_sum<32>(values[i])",
         "plain",
     ),
+    Bug(
+        "row sums overwritten by the next row's",
+        "layer_norm",
+        NORM,
+        "    buffer ^= 1;\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "parameter sums read before all warps have stored theirs",
+        "layer_norm",
+        NORM,
+        "  __syncthreads();\n  for (int column = threadIdx.x; column < cols; column += kThreads) {\n    float sum",
+        "  for (int column = threadIdx.x; column < cols; column += kThreads) {\n    float sum",
+        "race",
+    ),
+    Bug(
+        "bias sums stored over weight sums still being read",
+        "layer_norm",
+        NORM,
+        "  __syncthreads();  // an earlier call's readers are done\n",
+        "",
+        "race",
+    ),
 ]
