@@ -14,11 +14,14 @@ gpu.md (this run), and what the steps write themselves.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -115,32 +118,33 @@ def write_atomically(path: Path, text: str) -> None:
 
 def run(step: Step, log: Path, limit: float) -> tuple[str, int | None]:
     """Runs one step, its output to the terminal and to ``log``; returns the result and the status."""
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            step.command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + limit
-        os.set_blocking(process.stdout.fileno(), False)
-        while True:
-            text = process.stdout.read()
-            if text:
-                print(text, end="", flush=True)
-                file.write(text)
-                file.flush()
-            elif process.poll() is not None:
-                return _RESULTS.get(process.returncode, "failed"), process.returncode
-            elif time.monotonic() > deadline:
-                os.killpg(process.pid, 15)
-                process.wait()
-                return "out of time", None
-            else:
-                time.sleep(0.05)
+    deadline = time.monotonic() + limit
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    with log.open("wb") as file:
+        while time.monotonic() < deadline:
+            if not select.select([process.stdout], [], [], 1.0)[0]:
+                continue
+            data = os.read(process.stdout.fileno(), 1 << 16)
+            if not data:
+                status = process.wait()
+                return _RESULTS.get(status, "failed"), status
+            sys.stdout.write(data.decode(errors="replace"))
+            sys.stdout.flush()
+            file.write(data)
+            file.flush()
+    for stop in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(process.pid, stop)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+            break
+    return "out of time", None
 
 
 def summary(name: str, record: dict) -> str:
