@@ -79,7 +79,7 @@ def extension() -> dict:
     torch.version.cuda = torch.version.cuda or nvcc_version(cuda)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", visible_archs(torch) or SHIPPED_ARCHS)
     cccl = [f"-I{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
-    defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
+    defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     # torch's helper hides the conversions and operators of __half and __nv_bfloat16.
     shown = [
         f"-U__CUDA_NO_{name}__"

@@ -78,7 +78,7 @@ class Row:
     @property
     def occupancy(self) -> float | None:
         """Resident warps over the most there can be, from registers and shared memory, at the plan's block size."""
-        if self.plan is None:
+        if self.plan is None or self.arch not in WARPS:
             return None
         warps = -(-self.plan.threads // 32)
         # Registers are granted to a warp in steps of 256, that is 8 a thread.
@@ -226,8 +226,13 @@ def plans() -> list[KernelPlan]:
     return found
 
 
+def in_order(arch: str) -> tuple[int, str]:
+    """The shipped architectures as WARPS lists them, then any other that a user built for."""
+    return (list(WARPS).index(arch) if arch in WARPS else len(WARPS), arch)
+
+
 def report(path: Path) -> list[Row]:
-    rows = sorted(disassemble(path), key=lambda row: (row.kernel, list(WARPS).index(row.arch)))
+    rows = sorted(disassemble(path), key=lambda row: (row.kernel, in_order(row.arch)))
     planned = plans()
     for row in rows:
         row.plan = next((plan for plan in planned if re.search(plan.kernel, row.kernel)), None)
@@ -236,7 +241,7 @@ def report(path: Path) -> list[Row]:
 
 def markdown(rows: list[Row]) -> str:
     """The committed table: one line a kernel, one column an architecture, so that a change reads well in a diff."""
-    archs = [arch for arch in WARPS if any(row.arch == arch for row in rows)]
+    archs = sorted({row.arch for row in rows}, key=in_order)
     spilling = sum(bool(row.local or row.instructions["LDL"] or row.instructions["STL"]) for row in rows)
     lines = [
         "# What the compiler made of every kernel",
@@ -253,7 +258,7 @@ def markdown(rows: list[Row]) -> str:
         mine = {row.arch: row for row in rows if row.kernel == kernel}
         last = mine.get("sm_90a") or next(iter(mine.values()))
         cells = [
-            f"{row.registers}, {100 * (row.occupancy or 0):.0f}%"
+            f"{row.registers}, {'?' if row.occupancy is None else f'{row.occupancy:.0%}'}"
             + ("\\*" if row.plan and row.plan.shared_bytes else "")
             if (row := mine.get(arch))
             else "-"

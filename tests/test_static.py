@@ -115,6 +115,13 @@ __global__ void spills(const float* in, float* out) {
     assert found["spills"].instructions["STL"] and found["spills"].instructions["LDL"]
 
 
+def test_an_architecture_we_do_not_ship_is_listed_without_occupancy():
+    other = row(arch="sm_87")
+    assert other.occupancy is None and not other.faults()
+    assert static.in_order("sm_120a") < static.in_order("sm_87")
+    assert "| sm_90a | sm_87 |" in static.markdown([other, row()])
+
+
 def test_names_are_shortened():
     assert static.shorten("void bigkern::f<float, (int)4>(bigkern::Params<float>)") == "f<float, (int)4>"
     assert static.shorten("bigkern::g(int)") == "g"
