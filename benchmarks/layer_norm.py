@@ -35,30 +35,30 @@ _FLOPS = {"layer_norm": (8, 13), "rms_norm": (5, 10), "add_layer_norm": (9, 14)}
 _FORWARD, _BACKWARD = 64, 128
 static_plan = [
     *(
-        KernelPlan(rf"^layer_norm_forward_kernel<\w+, \w+, [48], \d+, {threads}>", threads, _FORWARD, vectorised=True)
+        KernelPlan(rf"^layer_norm_forward_kernel<\w+, [48], \d+, {threads}>", threads, _FORWARD, vectorised=True)
         for threads in (128, 256, 512)
     ),
     *(
-        KernelPlan(rf"^layer_norm_forward_kernel<\w+, \w+, 1, \d+, {threads}>", threads, _FORWARD)
+        KernelPlan(rf"^layer_norm_forward_kernel<\w+, 1, \d+, {threads}>", threads, _FORWARD)
         for threads in (128, 256, 1024)
     ),
     # A row of 16,384 floats, or 32,768 16-bit numbers.
-    KernelPlan(r"^layer_norm_forward_shared_kernel<\w+, \w+, [48],", 512, _FORWARD, True, shared_bytes=65536),
-    KernelPlan(r"^layer_norm_forward_shared_kernel<\w+, \w+, 1,", 512, _FORWARD, shared_bytes=65536),
+    KernelPlan(r"^layer_norm_forward_shared_kernel<\w+, [48],", 512, _FORWARD, True, shared_bytes=65536),
+    KernelPlan(r"^layer_norm_forward_shared_kernel<\w+, 1,", 512, _FORWARD, shared_bytes=65536),
     KernelPlan(r"^layer_norm_forward_(moments|apply)_kernel<[\w, ]*, [48], ", 256, _FORWARD, vectorised=True),
     KernelPlan(r"^layer_norm_forward_(moments|apply)_kernel<[\w, ]*, 1, ", 256, _FORWARD),
     *(
-        KernelPlan(rf"^layer_norm_backward_kernel<\w+, \w+, [48], \d+, {threads}>", threads, _BACKWARD, vectorised=True)
+        KernelPlan(rf"^layer_norm_backward_kernel<\w+, [48], \d+, {threads}>", threads, _BACKWARD, vectorised=True)
         for threads in (256, 512)
     ),
     *(
-        KernelPlan(rf"^layer_norm_backward_kernel<\w+, \w+, 1, \d+, {threads}>", threads, _BACKWARD)
+        KernelPlan(rf"^layer_norm_backward_kernel<\w+, 1, \d+, {threads}>", threads, _BACKWARD)
         for threads in (256, 512)
     ),
     KernelPlan(r"^layer_norm_backward_shared_kernel<", 512, _BACKWARD, vectorised=True),
     KernelPlan(r"^layer_norm_backward_sums_kernel<", 256, _FORWARD),
-    KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, \w+, [48], ", 256, _BACKWARD, vectorised=True),
-    KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, \w+, 1, ", 256, _BACKWARD),
+    KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, [48], ", 256, _BACKWARD, vectorised=True),
+    KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, 1, ", 256, _BACKWARD),
     KernelPlan(r"^layer_norm_parameter_gradients_kernel<", 256, _FORWARD),
 ]
 

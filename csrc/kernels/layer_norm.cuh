@@ -108,23 +108,29 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], int buffer = 0
   }
 }
 
-// V parameters as floats, from column first + column on; W may be wider than the activations. Null stands for
-// `missing`.
 template <class W, int V>
-__device__ __forceinline__ void load_parameter(const void* parameter, int64_t first, int column, float missing,
-                                               float (&values)[V]) {
+__device__ __forceinline__ void load_floats(const W* p, float (&values)[V]) {
   constexpr int kStep = V < kVecElements<W> ? V : kVecElements<W>;
-  if (parameter == nullptr) {
-#pragma unroll
-    for (int j = 0; j < V; j++) values[j] = missing;
-    return;
-  }
-  const W* p = static_cast<const W*>(parameter) + first + column;
 #pragma unroll
   for (int j = 0; j < V; j += kStep) {
     const Vec<W, kStep> part = load_vec<W, kStep>(p + j);
 #pragma unroll
     for (int k = 0; k < kStep; k++) values[j + k] = to_float(part.v[k]);
+  }
+}
+
+// V parameters, from column `column` on: of the activations' type T, or floats. Null stands for `missing`. Their type
+// is known at run time only: kernels for both would be two fifths of all instances.
+template <class T, int V>
+__device__ __forceinline__ void load_parameter(const void* parameter, bool is_float, int64_t column, float missing,
+                                               float (&values)[V]) {
+  if (parameter == nullptr) {
+#pragma unroll
+    for (int j = 0; j < V; j++) values[j] = missing;
+  } else if (is_float) {
+    load_floats<float>(static_cast<const float*>(parameter) + column, values);
+  } else {
+    load_floats<T>(static_cast<const T*>(parameter) + column, values);
   }
 }
 
@@ -268,12 +274,12 @@ __device__ __forceinline__ Moments tile_moments(const Held<T, V> (&tile)[kItems]
   return corrected_moments(center, sums, static_cast<float>(cols), rms);
 }
 
-template <class W, class T, int V>
+template <class T, int V>
 __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t row, int64_t first,
                                                  int column, const Vec<T, V>& x, const Moments& m, float rstd) {
   float weight[V], bias[V];
-  load_parameter<W>(p.weight, first, column, 1.0f, weight);
-  load_parameter<W>(p.bias, first, column, 0.0f, bias);
+  load_parameter<T>(p.weight, p.float_parameters, first + column, 1.0f, weight);
+  load_parameter<T>(p.bias, p.float_parameters, first + column, 0.0f, bias);
   Vec<T, V> out;
 #pragma unroll
   for (int j = 0; j < V; j++) {
@@ -295,7 +301,7 @@ __device__ __forceinline__ float reciprocal_deviation(const LayerNormForwardPara
 }  // namespace layer_norm
 
 // kThreads / kLanes rows a block, each held in registers.
-template <class T, class W, int V, int kLanes, int kThreads>
+template <class T, int V, int kLanes, int kThreads>
 __global__ void __launch_bounds__(kThreads) layer_norm_forward_kernel(const LayerNormForwardParams p) {
   using namespace layer_norm;
   const int lane = threadIdx.x % kLanes;
@@ -309,13 +315,13 @@ __global__ void __launch_bounds__(kThreads) layer_norm_forward_kernel(const Laye
 #pragma unroll
   for (int i = 0; i < kForwardItems<V>; i++) {
     const int column = item_column<kLanes, V>(i, lane);
-    if (column < cols) store_normalised<W>(p, row, 0, column, tile[i].get(), moments, rstd);
+    if (column < cols) store_normalised(p, row, 0, column, tile[i].get(), moments, rstd);
   }
   if (lane == 0 && cols > 0) store_statistics(p, row, moments, rstd);
 }
 
 // A row a block, held in dynamic shared memory. Each thread reads back only what it wrote.
-template <class T, class W, int V, int kThreads>
+template <class T, int V, int kThreads>
 __global__ void __launch_bounds__(kThreads) layer_norm_forward_shared_kernel(const LayerNormForwardParams p) {
   using namespace layer_norm;
   constexpr int kItems = kForwardItems<V>, kTileCols = kThreads * kItems * V, kStep = kThreads * V;
@@ -356,8 +362,10 @@ __global__ void __launch_bounds__(kThreads) layer_norm_forward_shared_kernel(con
   row_sum<kThreads, kThreads>(sums);
   const Moments moments = corrected_moments(center, sums, static_cast<float>(cols), p.rms);
   const float rstd = reciprocal_deviation(p, moments);
+  // Unrolled, one element at a time spills on sm_100.
+#pragma unroll 1
   for (int column = lane * V; column < cols; column += kStep) {
-    store_normalised<W>(p, row, 0, column, load_vec<T, V>(held + column), moments, rstd);
+    store_normalised(p, row, 0, column, load_vec<T, V>(held + column), moments, rstd);
   }
   if (lane == 0) store_statistics(p, row, moments, rstd);
 }
@@ -394,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 }
 
 // Second half: combines the row's chunks (the same sums in each block of the row) and normalises one.
-template <class T, class W, int V, int kThreads>
+template <class T, int V, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_forward_apply_kernel(const LayerNormForwardParams p, layer_norm::Chunks chunks, const float2* partial) {
   using namespace layer_norm;
@@ -425,7 +433,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kThreads, V>(i, lane);
-    if (column < cols) store_normalised<W>(p, row, chunk * kTileCols, column, tile[i].get(), moments, rstd);
+    if (column < cols) store_normalised(p, row, chunk * kTileCols, column, tile[i].get(), moments, rstd);
   }
   if (lane == 0 && chunk == 0) store_statistics(p, row, moments, rstd);
 }
@@ -452,7 +460,7 @@ inline LaunchConfig grid_of(int64_t blocks, int threads, size_t shared_bytes, St
   return {dim3(blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0), dim3(threads), shared_bytes, stream};
 }
 
-template <class T, class W, int V>
+template <class T, int V>
 int launch_forward_wide(const LayerNormForwardParams& p, Stream stream, const Allocate& allocate) {
   constexpr int kThreads = 256, kTileCols = kThreads * kForwardItems<V> * V;
   const WidePlan plan = plan_wide(p.rows, p.cols, kTileCols, p.cols * static_cast<int64_t>(sizeof(T)));
@@ -461,48 +469,46 @@ int launch_forward_wide(const LayerNormForwardParams& p, Stream stream, const Al
     const Chunks chunks = {begin, plan.chunks};
     const LaunchConfig config = grid_of(std::min(plan.rows, p.rows - begin) * plan.chunks, kThreads, 0, stream);
     if (int error = launch(layer_norm_forward_moments_kernel<T, V, kThreads>, config, p, chunks, partial)) return error;
-    if (int error = launch(layer_norm_forward_apply_kernel<T, W, V, kThreads>, config, p, chunks, partial))
-      return error;
+    if (int error = launch(layer_norm_forward_apply_kernel<T, V, kThreads>, config, p, chunks, partial)) return error;
   }
   return 0;
 }
 
-template <class T, class W, int V>
+template <class T, int V>
 int launch_forward_beyond_registers(const LayerNormForwardParams& p, Stream stream, const Allocate& allocate) {
   constexpr int kThreads = 512;
   const int64_t shared_bytes = p.cols * static_cast<int64_t>(sizeof(T));
   if (2 * shared_bytes > max_shared_bytes() || p.rows < multiprocessor_count()) {
-    return launch_forward_wide<T, W, V>(p, stream, allocate);
+    return launch_forward_wide<T, V>(p, stream, allocate);
   }
-  return launch(layer_norm_forward_shared_kernel<T, W, V, kThreads>, grid_of(p.rows, kThreads, shared_bytes, stream),
-                p);
+  return launch(layer_norm_forward_shared_kernel<T, V, kThreads>, grid_of(p.rows, kThreads, shared_bytes, stream), p);
 }
 
 // The first of the lane counts that holds the row in registers.
-template <class T, class W, int V, int kLanes, int... kMore>
+template <class T, int V, int kLanes, int... kMore>
 int launch_forward(const LayerNormForwardParams& p, Stream stream, const Allocate& allocate) {
   if (p.cols <= kLanes * kForwardItems<V> * V) {
     constexpr int kThreads = kLanes < 128 ? 128 : kLanes;
-    return launch(layer_norm_forward_kernel<T, W, V, kLanes, kThreads>,
+    return launch(layer_norm_forward_kernel<T, V, kLanes, kThreads>,
                   grid_of(ceil_div<int64_t>(p.rows, kThreads / kLanes), kThreads, 0, stream), p);
   }
   if constexpr (sizeof...(kMore) > 0) {
-    return launch_forward<T, W, V, kMore...>(p, stream, allocate);
+    return launch_forward<T, V, kMore...>(p, stream, allocate);
   } else {
-    return launch_forward_beyond_registers<T, W, V>(p, stream, allocate);
+    return launch_forward_beyond_registers<T, V>(p, stream, allocate);
   }
 }
 
 }  // namespace layer_norm
 
-template <class T, class W>
+template <class T>
 int layer_norm_forward(const LayerNormForwardParams& p, Stream stream, const Allocate& allocate) {
   using namespace layer_norm;
   constexpr int kWide = kVecElements<T>;
   const bool vectors = p.cols % kWide == 0 && p.input_stride % kWide == 0 && p.residual_stride % kWide == 0 &&
                        aligned({p.input, p.residual, p.weight, p.bias, p.output, p.summed});
-  return vectors ? launch_forward<T, W, kWide, 4, 16, 32, 128, 256, 512>(p, stream, allocate)
-                 : launch_forward<T, W, 1, 8, 32, 256, 1024>(p, stream, allocate);
+  return vectors ? launch_forward<T, kWide, 4, 16, 32, 128, 256, 512>(p, stream, allocate)
+                 : launch_forward<T, 1, 8, 32, 256, 1024>(p, stream, allocate);
 }
 
 // ---- Backward ----
@@ -530,7 +536,7 @@ __device__ __forceinline__ void load_backward(const LayerNormBackwardParams& p, 
 }
 
 // This thread's sums over the columns it holds: of g = grad weight, and of g h.
-template <class W, int kLanes, class T, int V, int kItems>
+template <int kLanes, class T, int V, int kItems>
 __device__ __forceinline__ void sum_tile(const LayerNormBackwardParams& p, int64_t first, int lane, int cols,
                                          const BackwardTile<T, V, kItems>& tile, float (&sums)[2]) {
   sums[0] = sums[1] = 0.0f;
@@ -539,7 +545,7 @@ __device__ __forceinline__ void sum_tile(const LayerNormBackwardParams& p, int64
     const int column = item_column<kLanes, V>(i, lane);
     if (column < cols) {
       float weight[V];
-      load_parameter<W>(p.weight, first, column, 1.0f, weight);
+      load_parameter<T>(p.weight, p.float_parameters, first + column, 1.0f, weight);
       const Vec<T, V> x = tile.x[i].get(), grad = tile.grad[i].get();
 #pragma unroll
       for (int j = 0; j < V; j++) {
@@ -611,7 +617,7 @@ __device__ __forceinline__ void load_grad_summed(const LayerNormBackwardParams& 
 }
 
 // Given the row's means of g and g h: stores the tile's gradients and adds to the parameters' sums.
-template <class W, int kLanes, class T, int V, int kItems, class Sums>
+template <int kLanes, class T, int V, int kItems, class Sums>
 __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p, int64_t row, int64_t first, int lane,
                                                 int cols, const BackwardTile<T, V, kItems>& tile,
                                                 const Held<T, V> (&grad_summed)[kItems], uint32_t kept, float mean_g,
@@ -622,7 +628,7 @@ __device__ __forceinline__ void store_gradients(const LayerNormBackwardParams& p
     const int column = item_column<kLanes, V>(i, lane);
     if (column < cols) {
       float weight[V], grad[V], grad_h[V], result[V];
-      load_parameter<W>(p.weight, first, column, 1.0f, weight);
+      load_parameter<T>(p.weight, p.float_parameters, first + column, 1.0f, weight);
       const Vec<T, V> x = tile.x[i].get(), grad_output = tile.grad[i].get();
 #pragma unroll
       for (int j = 0; j < V; j++) {
@@ -725,7 +731,7 @@ struct GroupRows {
 
 // The gradients of a group's rows, in the columns first_column .. + tile_cols, and their parameter sums. The next row's
 // loads are in flight while one is worked on. row_means(tile, row, cols) gives the row's means of g and g h.
-template <class T, class W, int V, int kItems, int kLanes, class Sums, class RowMeans>
+template <class T, int V, int kItems, int kLanes, class Sums, class RowMeans>
 __device__ __forceinline__ void backward_rows(const LayerNormBackwardParams& p, const GroupRows& rows,
                                               int64_t first_column, int tile_cols, int lane, Sums& sums,
                                               RowMeans row_means) {
@@ -742,13 +748,13 @@ __device__ __forceinline__ void backward_rows(const LayerNormBackwardParams& p, 
     if constexpr (kLoadsAhead<V, kItems>) load_grad_summed<kLanes>(p, row, first_column, lane, cols, grad_summed);
     const uint32_t kept = kept_elements<kLanes, V, kItems>(p, row * p.cols + first_column, lane, cols);
     const float2 means = row_means(tile, row, cols);
-    store_gradients<W, kLanes>(p, row, first_column, lane, cols, tile, grad_summed, kept, p.rms ? 0.0f : means.x,
-                               means.y, sums);
+    store_gradients<kLanes>(p, row, first_column, lane, cols, tile, grad_summed, kept, p.rms ? 0.0f : means.x, means.y,
+                            sums);
   }
 }
 
 // Row means by reducing the tile over its group of threads.
-template <class W, int kLanes, int kThreads>
+template <int kLanes, int kThreads>
 struct ReduceTile {
   const LayerNormBackwardParams& p;
   int lane, buffer = 0;
@@ -756,7 +762,7 @@ struct ReduceTile {
   template <class Tile>
   __device__ __forceinline__ float2 operator()(const Tile& tile, int64_t, int cols) {
     float sums[2];
-    sum_tile<W, kLanes>(p, 0, lane, cols, tile, sums);
+    sum_tile<kLanes>(p, 0, lane, cols, tile, sums);
     row_sum<kLanes, kThreads>(sums, buffer);
     buffer ^= 1;
     const float count = static_cast<float>(p.cols);
@@ -791,7 +797,7 @@ struct PartialSums {
 }  // namespace layer_norm
 
 // A persistent grid; kThreads / kLanes rows a block at a time, parameter sums in registers.
-template <class T, class W, int V, int kLanes, int kThreads>
+template <class T, int V, int kLanes, int kThreads>
 __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     layer_norm_backward_kernel(const LayerNormBackwardParams p, layer_norm::PartialSums partial) {
   using namespace layer_norm;
@@ -799,15 +805,15 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   const int lane = threadIdx.x % kLanes, cols = static_cast<int>(p.cols);
   const int64_t first = int64_t{blockIdx.x} * kRows;
   RegisterSums<V, kItems> sums;
-  backward_rows<T, W, V, kItems, kLanes>(p, {first, first + threadIdx.x / kLanes, int64_t{gridDim.x} * kRows, p.rows},
-                                         0, cols, lane, sums, ReduceTile<W, kLanes, kThreads>{p, lane});
+  backward_rows<T, V, kItems, kLanes>(p, {first, first + threadIdx.x / kLanes, int64_t{gridDim.x} * kRows, p.rows}, 0,
+                                      cols, lane, sums, ReduceTile<kLanes, kThreads>{p, lane});
   const int64_t start = blockIdx.x * p.cols;
   if (partial.weight != nullptr) store_block_sums<kLanes, kThreads>(sums.weight, cols, partial.weight + start);
   if (partial.bias != nullptr) store_block_sums<kLanes, kThreads>(sums.bias, cols, partial.bias + start);
 }
 
 // A persistent grid, a row a block at a time, parameter sums in dynamic shared memory.
-template <class T, class W, int V, int kItems, int kThreads>
+template <class T, int V, int kItems, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_backward_shared_kernel(const LayerNormBackwardParams p, layer_norm::PartialSums partial) {
   using namespace layer_norm;
@@ -819,8 +825,8 @@ __global__ void __launch_bounds__(kThreads)
   sums.bias = partial.bias == nullptr ? nullptr : shared.take<float>(Sums::kFloats);
   Sums::clear(sums.weight);
   Sums::clear(sums.bias);
-  backward_rows<T, W, V, kItems, kThreads>(p, {blockIdx.x, blockIdx.x, gridDim.x, p.rows}, 0, cols, lane, sums,
-                                           ReduceTile<W, kThreads, kThreads>{p, lane});
+  backward_rows<T, V, kItems, kThreads>(p, {blockIdx.x, blockIdx.x, gridDim.x, p.rows}, 0, cols, lane, sums,
+                                        ReduceTile<kThreads, kThreads>{p, lane});
   const int64_t start = blockIdx.x * p.cols;
   for (int i = 0; i < kItems; i++) {
     const int column = item_column<kThreads, V>(i, lane);
@@ -838,7 +844,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // First half of a wide row: each chunk's sums of g and g h, into partial[block].
-template <class T, class W, int V, int kThreads>
+template <class T, int V, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_backward_sums_kernel(const LayerNormBackwardParams p, layer_norm::Chunks chunks, float2* partial) {
   using namespace layer_norm;
@@ -848,14 +854,14 @@ __global__ void __launch_bounds__(kThreads)
   BackwardTile<T, V, kItems> tile;
   load_backward<kThreads, true>(p, row, chunk * kTileCols, threadIdx.x, cols, tile);
   float sums[2];
-  sum_tile<W, kThreads>(p, chunk * kTileCols, threadIdx.x, cols, tile, sums);
+  sum_tile<kThreads>(p, chunk * kTileCols, threadIdx.x, cols, tile, sums);
   row_sum<kThreads, kThreads>(sums);
   if (threadIdx.x == 0) partial[blockIdx.x] = make_float2(sums[0], sums[1]);
 }
 
 // Second half: block b takes chunk b % chunks of every slices-th row from chunks.begin to end. Its parameter sums go to
 // row b / chunks of the partial sums, or onto what an earlier launch left there.
-template <class T, class W, int V, int kThreads>
+template <class T, int V, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_backward_apply_kernel(const LayerNormBackwardParams p, layer_norm::Chunks chunks, int64_t end,
                                      int64_t slices, const float2* chunk_sums, layer_norm::PartialSums partial) {
@@ -865,8 +871,8 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x, cols = chunk_cols<kTileCols>(p.cols, chunk);
   const int64_t first = chunks.begin + slice;
   RegisterSums<V, kItems> sums;
-  backward_rows<T, W, V, kItems, kThreads>(p, {first, first, slices, end}, chunk * kTileCols, cols, lane, sums,
-                                           AddChunks{p, chunk_sums, chunks});
+  backward_rows<T, V, kItems, kThreads>(p, {first, first, slices, end}, chunk * kTileCols, cols, lane, sums,
+                                        AddChunks{p, chunk_sums, chunks});
   const int64_t start = slice * p.cols + chunk * kTileCols;
   const bool add = chunks.begin > 0;
   if (partial.weight != nullptr) store_thread_sums<kThreads>(sums.weight, lane, cols, add, partial.weight + start);
@@ -875,15 +881,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // Adds the `parts` rows of partial sums into the gradients. blockIdx.y is the parameter; a block takes 32 columns, each
 // of its 8 warps every eighth part.
-template <class W>
+template <class T>
 __global__ void __launch_bounds__(256)
-    layer_norm_parameter_gradients_kernel(layer_norm::PartialSums partial, int64_t parts, int64_t cols, W* grad_weight,
-                                          W* grad_bias) {
+    layer_norm_parameter_gradients_kernel(layer_norm::PartialSums partial, int64_t parts, int64_t cols,
+                                          void* grad_weight, void* grad_bias, bool float_parameters) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = int64_t{blockIdx.x} * 32 + lane;
   const bool is_weight = blockIdx.y == 0 && grad_weight != nullptr;
   const float* sums = is_weight ? partial.weight : partial.bias;
-  W* grad = is_weight ? grad_weight : grad_bias;
+  void* grad = is_weight ? grad_weight : grad_bias;
   float sum = 0.0f;
   if (column < cols) {
 #pragma unroll 4
@@ -896,7 +902,11 @@ __global__ void __launch_bounds__(256)
     sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += warp_sums[i][lane];
-    grad[column] = from_float<W>(sum);
+    if (float_parameters) {
+      static_cast<float*>(grad)[column] = sum;
+    } else {
+      static_cast<T*>(grad)[column] = from_float<T>(sum);
+    }
   }
 }
 
@@ -910,15 +920,15 @@ inline PartialSums allocate_partial_sums(const LayerNormBackwardParams& p, int64
   return {weight ? sums : nullptr, bias ? sums + weight * parts * p.cols : nullptr};
 }
 
-template <class W>
+template <class T>
 int launch_parameter_gradients(const LayerNormBackwardParams& p, const PartialSums& partial, int64_t parts,
                                Stream stream) {
   const unsigned wanted = (p.grad_weight != nullptr) + (p.grad_bias != nullptr);
   if (wanted == 0) return 0;
   LaunchConfig config = grid_of(ceil_div<int64_t>(p.cols, 32), 256, 0, stream);
   config.grid.y = wanted;
-  return launch(layer_norm_parameter_gradients_kernel<W>, config, partial, parts, p.cols,
-                static_cast<W*>(p.grad_weight), static_cast<W*>(p.grad_bias));
+  return launch(layer_norm_parameter_gradients_kernel<T>, config, partial, parts, p.cols, p.grad_weight, p.grad_bias,
+                p.float_parameters);
 }
 
 // Blocks that fill the GPU once, each with the same number of turns: no more partial sums than that takes.
@@ -926,7 +936,7 @@ inline int64_t persistent_blocks(int64_t turns, int64_t resident) {
   return ceil_div(turns, ceil_div(turns, std::max<int64_t>(1, resident)));
 }
 
-template <class W>
+template <class T>
 int launch_backward_persistent(void (*kernel)(LayerNormBackwardParams, PartialSums), int rows_a_block, int threads,
                                size_t shared_bytes, const LayerNormBackwardParams& p, Stream stream,
                                const Allocate& allocate) {
@@ -934,13 +944,13 @@ int launch_backward_persistent(void (*kernel)(LayerNormBackwardParams, PartialSu
   const int64_t blocks = persistent_blocks(ceil_div<int64_t>(p.rows, rows_a_block), resident);
   const PartialSums partial = allocate_partial_sums(p, blocks, allocate);
   if (int error = launch(kernel, grid_of(blocks, threads, shared_bytes, stream), p, partial)) return error;
-  return launch_parameter_gradients<W>(p, partial, blocks, stream);
+  return launch_parameter_gradients<T>(p, partial, blocks, stream);
 }
 
-template <class T, class W, int V>
+template <class T, int V>
 int launch_backward_wide(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate) {
   constexpr int kThreads = 256, kTileCols = kThreads * kBackwardItems<V> * V;
-  const auto apply = layer_norm_backward_apply_kernel<T, W, V, kThreads>;
+  const auto apply = layer_norm_backward_apply_kernel<T, V, kThreads>;
   const WidePlan plan = plan_wide(p.rows, p.cols, kTileCols, 2 * p.cols * static_cast<int64_t>(sizeof(T)));
   const int64_t resident = int64_t{multiprocessor_count()} * occupancy(apply, kThreads, 0);
   const int64_t slices = std::min(plan.rows, std::max<int64_t>(1, resident / plan.chunks));
@@ -949,7 +959,7 @@ int launch_backward_wide(const LayerNormBackwardParams& p, Stream stream, const 
   for (int64_t begin = 0; begin < p.rows; begin += plan.rows) {
     const Chunks chunks = {begin, plan.chunks};
     const int64_t end = std::min(begin + plan.rows, p.rows);
-    if (int error = launch(layer_norm_backward_sums_kernel<T, W, V, kThreads>,
+    if (int error = launch(layer_norm_backward_sums_kernel<T, V, kThreads>,
                            grid_of((end - begin) * plan.chunks, kThreads, 0, stream), p, chunks, chunk_sums)) {
       return error;
     }
@@ -958,49 +968,49 @@ int launch_backward_wide(const LayerNormBackwardParams& p, Stream stream, const 
       return error;
     }
   }
-  return launch_parameter_gradients<W>(p, partial, slices, stream);
+  return launch_parameter_gradients<T>(p, partial, slices, stream);
 }
 
-template <class T, class W, int V>
+template <class T, int V>
 int launch_backward_beyond_registers(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate) {
   if constexpr (V > 1) {
     constexpr int kItems = 4, kThreads = 512;
     constexpr int64_t kSumBytes = SharedSums<V, kItems, kThreads>::kFloats * sizeof(float);
     const int64_t shared_bytes = ((p.grad_weight != nullptr) + (p.grad_bias != nullptr)) * kSumBytes;
     if (p.cols <= kThreads * kItems * V && shared_bytes <= max_shared_bytes() && p.rows >= multiprocessor_count()) {
-      return launch_backward_persistent<W>(layer_norm_backward_shared_kernel<T, W, V, kItems, kThreads>, 1, kThreads,
+      return launch_backward_persistent<T>(layer_norm_backward_shared_kernel<T, V, kItems, kThreads>, 1, kThreads,
                                            shared_bytes, p, stream, allocate);
     }
   }
-  return launch_backward_wide<T, W, V>(p, stream, allocate);
+  return launch_backward_wide<T, V>(p, stream, allocate);
 }
 
 // The first of the lane counts that holds the row in registers.
-template <class T, class W, int V, int kLanes, int... kMore>
+template <class T, int V, int kLanes, int... kMore>
 int launch_backward(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate) {
   if (p.cols <= kLanes * kBackwardItems<V> * V) {
     constexpr int kThreads = kLanes <= 32 ? 256 : 512;
-    return launch_backward_persistent<W>(layer_norm_backward_kernel<T, W, V, kLanes, kThreads>, kThreads / kLanes,
+    return launch_backward_persistent<T>(layer_norm_backward_kernel<T, V, kLanes, kThreads>, kThreads / kLanes,
                                          kThreads, 0, p, stream, allocate);
   }
   if constexpr (sizeof...(kMore) > 0) {
-    return launch_backward<T, W, V, kMore...>(p, stream, allocate);
+    return launch_backward<T, V, kMore...>(p, stream, allocate);
   } else {
-    return launch_backward_beyond_registers<T, W, V>(p, stream, allocate);
+    return launch_backward_beyond_registers<T, V>(p, stream, allocate);
   }
 }
 
 }  // namespace layer_norm
 
-template <class T, class W>
+template <class T>
 int layer_norm_backward(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate) {
   using namespace layer_norm;
   constexpr int kWide = kVecElements<T>;
   const bool vectors = p.cols % kWide == 0 && p.grad_output_stride % kWide == 0 && p.grad_summed_stride % kWide == 0 &&
                        p.summed_stride % kWide == 0 &&
                        aligned({p.grad_output, p.grad_summed, p.summed, p.weight, p.grad_input, p.grad_residual});
-  return vectors ? launch_backward<T, W, kWide, 4, 16, 32, 128, 256, 512>(p, stream, allocate)
-                 : launch_backward<T, W, 1, 8, 32, 512>(p, stream, allocate);
+  return vectors ? launch_backward<T, kWide, 4, 16, 32, 128, 256, 512>(p, stream, allocate)
+                 : launch_backward<T, 1, 8, 32, 512>(p, stream, allocate);
 }
 
 }  // namespace bigkern

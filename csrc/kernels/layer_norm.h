@@ -11,9 +11,9 @@
 
 namespace bigkern {
 
-// T is the type of the activations, W that of weight and bias. Matrices are rows x cols with unit column stride; their
-// row strides are counted in elements and may be anything. Outputs are contiguous. Pointers marked "or null" switch
-// their part of the work off.
+// T is the type of the activations, W that of weight and bias: T, or float. Matrices are rows x cols with unit column
+// stride; their row strides are counted in elements and may be anything. Outputs are contiguous. Pointers marked "or
+// null" switch their part of the work off.
 struct LayerNormForwardParams {
   const void* input;        // T, rows x cols
   int64_t input_stride;     //
@@ -31,6 +31,7 @@ struct LayerNormForwardParams {
   int64_t rows, cols;       // both positive
   float eps;                //
   bool rms;                 // root mean square: neither mean nor bias
+  bool float_parameters;    // W is float
 };
 
 struct LayerNormBackwardParams {
@@ -52,17 +53,17 @@ struct LayerNormBackwardParams {
   float dropout_scale;
   int64_t rows, cols;
   bool rms;
+  bool float_parameters;
 };
 
 // Device memory that lives until the launched work is done.
 using Allocate = std::function<void*(size_t bytes)>;
 
-// Launch on the current device; 0, or an error code for error_string. Instances: (T, W) = (float, float), and
-// (__nv_bfloat16 or __half, the same or float).
-template <class T, class W>
+// Launch on the current device; 0, or an error code for error_string. Instances: float, __nv_bfloat16, __half.
+template <class T>
 int layer_norm_forward(const LayerNormForwardParams& params, Stream stream, const Allocate& allocate);
 
-template <class T, class W>
+template <class T>
 int layer_norm_backward(const LayerNormBackwardParams& params, Stream stream, const Allocate& allocate);
 
 }  // namespace bigkern

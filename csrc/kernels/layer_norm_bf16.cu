@@ -2,7 +2,7 @@
 
 namespace bigkern {
 
-template int layer_norm_forward<__nv_bfloat16, __nv_bfloat16>(const LayerNormForwardParams&, Stream, const Allocate&);
-template int layer_norm_backward<__nv_bfloat16, __nv_bfloat16>(const LayerNormBackwardParams&, Stream, const Allocate&);
+template int layer_norm_forward<__nv_bfloat16>(const LayerNormForwardParams&, Stream, const Allocate&);
+template int layer_norm_backward<__nv_bfloat16>(const LayerNormBackwardParams&, Stream, const Allocate&);
 
 }  // namespace bigkern

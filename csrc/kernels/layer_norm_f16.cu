@@ -2,7 +2,7 @@
 
 namespace bigkern {
 
-template int layer_norm_forward<__half, __half>(const LayerNormForwardParams&, Stream, const Allocate&);
-template int layer_norm_backward<__half, __half>(const LayerNormBackwardParams&, Stream, const Allocate&);
+template int layer_norm_forward<__half>(const LayerNormForwardParams&, Stream, const Allocate&);
+template int layer_norm_backward<__half>(const LayerNormBackwardParams&, Stream, const Allocate&);
 
 }  // namespace bigkern

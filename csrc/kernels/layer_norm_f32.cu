@@ -2,7 +2,7 @@
 
 namespace bigkern {
 
-template int layer_norm_forward<float, float>(const LayerNormForwardParams&, Stream, const Allocate&);
-template int layer_norm_backward<float, float>(const LayerNormBackwardParams&, Stream, const Allocate&);
+template int layer_norm_forward<float>(const LayerNormForwardParams&, Stream, const Allocate&);
+template int layer_norm_backward<float>(const LayerNormBackwardParams&, Stream, const Allocate&);
 
 }  // namespace bigkern

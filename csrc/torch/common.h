@@ -136,24 +136,18 @@ class Workspace {
   std::vector<Tensor> blocks_;
 };
 
-template <class Activation, class Parameter>
-struct Types {
-  using T = Activation;
-  using W = Parameter;
+template <class Element>
+struct Type {
+  using T = Element;
 };
 
-// Calls f with the Types of activations and parameters: the same, or float parameters of 16-bit activations.
+// Calls f with the Type of the elements.
 template <class F>
-int dispatch_types(const char* op, ScalarType activation, ScalarType parameter, F&& f) {
-  const bool same = activation == parameter, wider = parameter == ScalarType::Float;
-  if (activation == ScalarType::Float && same) return f(Types<float, float>{});
-  if (activation == ScalarType::BFloat16 && same) return f(Types<__nv_bfloat16, __nv_bfloat16>{});
-  if (activation == ScalarType::BFloat16 && wider) return f(Types<__nv_bfloat16, float>{});
-  if (activation == ScalarType::Half && same) return f(Types<__half, __half>{});
-  if (activation == ScalarType::Half && wider) return f(Types<__half, float>{});
-  refuse(op, ": no kernel for ", torch::headeronly::toString(activation), " with ",
-         torch::headeronly::toString(parameter),
-         " parameters; supported are Float, BFloat16 and Half with parameters of the same dtype or Float");
+int dispatch_type(const char* op, ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Float) return f(Type<float>{});
+  if (dtype == ScalarType::BFloat16) return f(Type<__nv_bfloat16>{});
+  if (dtype == ScalarType::Half) return f(Type<__half>{});
+  refuse(op, ": no kernel for ", torch::headeronly::toString(dtype), "; supported are Float, BFloat16 and Half");
 }
 
 inline void check_launch(const char* op, int code) {

@@ -31,6 +31,15 @@ void set_dropout(const char* op, const Checks& checks, double dropout_p, const s
   }
 }
 
+// Whether the parameters are floats; they may differ from the activations' dtype in no other way.
+bool float_parameters(const char* op, ScalarType activation, ScalarType parameter) {
+  if (parameter != activation && parameter != ScalarType::Float) {
+    refuse(op, ": parameters are ", torch::headeronly::toString(parameter), " and activations ",
+           torch::headeronly::toString(activation), "; expected the same dtype, or Float parameters");
+  }
+  return parameter == ScalarType::Float;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const std::optional<Tensor>& residual,
                                                    const std::optional<Tensor>& weight,
                                                    const std::optional<Tensor>& bias, double eps, bool rms,
@@ -69,12 +78,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const st
   params.cols = cols;
   params.eps = static_cast<float>(eps);
   params.rms = rms;
+  params.float_parameters = float_parameters(kOp, input.scalar_type(), parameter);
 
   const DeviceScope device(input);
   Workspace workspace(input);
-  const int code = binding::dispatch_types(kOp, input.scalar_type(), parameter, [&](auto types) {
-    using Types = decltype(types);
-    return layer_norm_forward<typename Types::T, typename Types::W>(params, device.stream(), std::ref(workspace));
+  const int code = binding::dispatch_type(kOp, input.scalar_type(), [&](auto type) {
+    return layer_norm_forward<typename decltype(type)::T>(params, device.stream(), std::ref(workspace));
   });
   binding::check_launch(kOp, code);
   return {output, summed, mean, rstd};
@@ -126,12 +135,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
   params.rows = rows;
   params.cols = cols;
   params.rms = rms;
+  params.float_parameters = float_parameters(kOp, summed.scalar_type(), parameter);
 
   const DeviceScope device(summed);
   Workspace workspace(summed);
-  const int code = binding::dispatch_types(kOp, summed.scalar_type(), parameter, [&](auto types) {
-    using Types = decltype(types);
-    return layer_norm_backward<typename Types::T, typename Types::W>(params, device.stream(), std::ref(workspace));
+  const int code = binding::dispatch_type(kOp, summed.scalar_type(), [&](auto type) {
+    return layer_norm_backward<typename decltype(type)::T>(params, device.stream(), std::ref(workspace));
   });
   binding::check_launch(kOp, code);
   return {grad_input, grad_residual, grad_weight, grad_bias};

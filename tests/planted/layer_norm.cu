@@ -28,7 +28,7 @@ extern "C" int run_layer_norm(const float* input, int64_t input_stride, const fl
   forward.rows = rows;
   forward.cols = cols;
   forward.eps = 1e-5f;
-  int code = bigkern::layer_norm_forward<float, float>(forward, nullptr, allocate);
+  int code = bigkern::layer_norm_forward<float>(forward, nullptr, allocate);
   bigkern::LayerNormBackwardParams backward{};
   backward.grad_output = grad_output;
   backward.grad_output_stride = cols;
@@ -42,7 +42,7 @@ extern "C" int run_layer_norm(const float* input, int64_t input_stride, const fl
   backward.grad_bias = grad_bias;
   backward.rows = rows;
   backward.cols = cols;
-  if (code == 0) code = bigkern::layer_norm_backward<float, float>(backward, nullptr, allocate);
+  if (code == 0) code = bigkern::layer_norm_backward<float>(backward, nullptr, allocate);
   if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
   return code;
 }
