@@ -1,6 +1,9 @@
 #include "emulator/async_copy.h"
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <utility>
 
 namespace bigkern {
 
@@ -28,7 +31,8 @@ void cp_async16(void* destination, const void* source, bool pred, Where where) {
   record_copy_issue(current, destination, kBytes, Proxy::kGeneric, where);
   const CopyRequest request{destination, source, kBytes, pred ? kBytes : 0, where};
   if (current->copy_interval.late()) {
-    current->open_copies.push_back(request);
+    current->copies.push_back(request);
+    current->open_copies++;
   } else {
     complete(request);
   }
@@ -36,16 +40,19 @@ void cp_async16(void* destination, const void* source, bool pred, Where where) {
 
 void cp_async_commit() {
   RuntimeScope scope;
-  current->copy_groups.push_back(std::move(current->open_copies));
-  current->open_copies.clear();
+  current->copy_groups.push_back(std::exchange(current->open_copies, 0));
 }
 
 void emulator::copy_async_wait(size_t groups_left) {
   RuntimeScope scope;
   auto& groups = current->copy_groups;
-  while (groups.size() > groups_left) {
-    for (const CopyRequest& request : groups.front()) complete(request);
-    groups.erase(groups.begin());
+  if (groups.size() > groups_left) {
+    const auto kept = groups.end() - static_cast<ptrdiff_t>(groups_left);
+    const auto first = current->copies.begin();
+    const auto last = first + static_cast<ptrdiff_t>(std::accumulate(groups.begin(), kept, size_t{0}));
+    std::for_each(first, last, complete);
+    current->copies.erase(first, last);
+    groups.erase(groups.begin(), kept);
   }
   current->copy_interval.end();
 }

@@ -18,7 +18,7 @@ void __syncthreads(Where where) {
   if (barrier.arrived == 0) {
     barrier.where = where;
   } else if (barrier.where.line != where.line || !same_operation(barrier.where.file, where.file)) {
-    fail_mismatch("__syncthreads", 0, where, "__syncthreads", 0, barrier.where);
+    fail_mismatch("__syncthreads", where, "__syncthreads", barrier.where);
   }
   barrier.fiber[barrier.arrived++] = fiber;
   if (barrier.arrived < block.live) {

@@ -2,13 +2,12 @@
 //
 // Every CUDA thread is a fiber with a stack of its own. A block lives on one OS thread, its worker, from start to end;
 // within a worker exactly one fiber runs at a time, until it waits. So emulator code needs no locks within a block, and
-// an operation that does not call wait(), rendezvous() or spin_point() is atomic.
+// an operation that does not call wait(), warp_collective() or spin_point() is atomic.
 //
 //   current                the running fiber; null on the host
 //   fail()                 ends the launch with an error
 //   wait(), make_ready()   park the running fiber, put a parked one back
-//   rendezvous()           a collective: all deposit an argument, the last one computes for all
-//   warp_collective()      the same over the lanes of a mask, which it checks
+//   warp_collective()      the lanes of a mask meet: all deposit an argument, the last one computes for all
 //   spin_point()           must be called by anything a kernel may poll
 //   Block::pending         operations that may complete at any time; run when nothing else can, or earlier
 //   (AsyncInterval) extension<T>(block)    a block's state that belongs to one feature race.h record_access() and the
@@ -19,6 +18,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -32,10 +32,19 @@
 namespace bigkern::emulator {
 
 struct Block;
+struct Warp;
 class Scheduler;
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 // Draws, once for every interval between two waits, whether the operations of the interval take effect when they are
 // issued or when they are waited for. Drawing for each operation would hide a missing wait: one early completion
@@ -57,22 +66,25 @@ struct CopyRequest {
   Where where;
 };
 
-struct Fiber {
+// What a switch touches comes first, in two lines of the cache.
+struct alignas(64) Fiber {
   Context context;
-  Stack stack;
-  uint3 thread_index{};
-  int index = 0;  // within the block
+  Block* block = nullptr;
+  Warp* own_warp = nullptr;
+  Scheduler* scheduler = nullptr;
   int lane = 0;
   int warp = 0;
-  bool done = false;
+  uint3 thread_index{};
+  int index = 0;            // within the block
   bool in_runtime = false;  // instrumented accesses of emulator code are not the kernel's
-  Block* block = nullptr;
-  Scheduler* scheduler = nullptr;
+  bool done = false;
+  unsigned spins = 0;
   const char* waiting_for = "";
   Where waiting_at;
-  unsigned spins = 0;
-  std::vector<CopyRequest> open_copies;               // cp.async not yet committed
-  std::vector<std::vector<CopyRequest>> copy_groups;  // committed, oldest first
+  Stack stack;
+  std::vector<CopyRequest> copies;   // cp.async that have not taken effect, oldest first
+  std::vector<size_t> copy_groups;   // how many of them each group in flight committed, oldest first
+  size_t open_copies = 0;            // how many of them are not committed
   AsyncInterval copy_interval;
   FiberRace race;
 };
@@ -114,6 +126,7 @@ class RuntimeScope {
 // Parks the running fiber until somebody calls make_ready() on it.
 void wait(const char* what, Where where);
 void make_ready(Fiber* fiber);
+void make_ready(Fiber* const* fibers, int count);
 
 // Makes fibers ready, the running one possibly among them, and goes on with whichever the order prefers.
 void release_together(Fiber* const* fibers, int count);
@@ -125,64 +138,81 @@ void note_progress();
 
 uint32_t random_bits();
 
-// A meeting of `needed` fibers, each in a slot of its own.
-template <int kSlots>
-struct Rendezvous {
-  const char* operation = nullptr;
-  unsigned key = 0;  // all must bring the same
-  int needed = 0;
-  int arrived = 0;
-  Where where;
-  void* argument[kSlots];
-  Fiber* fiber[kSlots];
-};
-
-[[noreturn]] void fail_mismatch(const char* operation, unsigned key, Where where, const char* met, unsigned met_key,
-                                Where met_where);
+[[noreturn]] void fail_mismatch(const char* operation, Where where, const char* met, Where met_where);
 bool same_operation(const char* a, const char* b);
 
-// The running fiber deposits `argument`. The last to arrive calls execute(rendezvous) while the others still wait.
-template <int kSlots, class Execute>
-BK_UNINSTRUMENTED void rendezvous(Rendezvous<kSlots>& meeting, const char* operation, unsigned key, int needed,
-                                  int slot, void* argument, Where where, Execute execute) {
-  if (meeting.arrived == 0) {
-    meeting.operation = operation;
-    meeting.key = key;
-    meeting.needed = needed;
-    meeting.where = where;
-  } else if (meeting.key != key || meeting.where.line != where.line || !same_operation(meeting.operation, operation)) {
-    fail_mismatch(operation, key, where, meeting.operation, meeting.key, meeting.where);
+// A meeting of the lanes of a mask.
+struct WarpMeeting {
+  unsigned mask = 0;
+  int needed = 0;
+  int arrived = 0;
+  const char* operation = nullptr;
+  Where where;
+  void* argument[kWarpSize];
+  Fiber* fiber[kWarpSize];
+};
+
+// Where a whole warp's lanes put registers and get them back. In a collective that has long been under way another
+// lane's stack is cold. Inputs are of the meeting to come, outputs of the last one: a lane that runs ahead writes
+// inputs only, and outputs change when all have fetched theirs and met again.
+struct alignas(64) WarpRegisters {
+  uint16_t left[16][16];
+  uint16_t right[16][8];
+  float left_tf32[16][8];
+  float right_tf32[8][8];
+  uint32_t stored_tiles[4][8][4];
+
+  float product[16][8];
+  uint16_t loaded_tiles[4][8][8];
+};
+
+// One warp. Lanes may meet in disjoint groups at the same time, each with its own mask.
+struct Warp {
+  unsigned alive = 0;  // lanes that have not exited
+  int open = 0;        // meetings that lanes wait in
+  WarpMeeting meetings[4];
+  WarpRegisters registers;
+};
+
+// The slot of the meeting that the mask names; fails when the mask is wrong.
+WarpMeeting& find_meeting(Fiber& fiber, Warp& warp, const char* operation, unsigned mask, Where where);
+
+// All lanes of mask meet. Each deposits `argument`; the last to arrive calls execute(meeting) while the others still
+// wait, and sees each lane's argument at argument[lane].
+template <class Execute>
+BK_UNINSTRUMENTED void warp_collective(const char* operation, unsigned mask, void* argument, Where where,
+                                       Execute execute) {
+  Fiber* fiber = current;
+  Warp& warp = *fiber->own_warp;
+  WarpMeeting* meeting = warp.meetings;
+  // What nearly always holds: the whole warp meets, and no other group does.
+  if (mask != warp.alive || !(mask >> fiber->lane & 1) || warp.open > 1 ||
+      (warp.open == 1 && (meeting->arrived == 0 || meeting->mask != mask))) {
+    meeting = &find_meeting(*fiber, warp, operation, mask, where);
   }
-  meeting.argument[slot] = argument;
-  meeting.fiber[meeting.arrived++] = current;
-  if (meeting.arrived < meeting.needed) {
+  if (meeting->arrived == 0) {
+    warp.open++;
+    meeting->operation = operation;
+    meeting->mask = mask;
+    meeting->needed = __builtin_popcount(mask);
+    meeting->where = where;
+  } else if (meeting->where.line != where.line || !same_operation(meeting->operation, operation)) {
+    fail_mismatch(operation, where, meeting->operation, meeting->where);
+  }
+  meeting->argument[fiber->lane] = argument;
+  meeting->fiber[meeting->arrived++] = fiber;
+  if (meeting->arrived < meeting->needed) {
     wait(operation, where);
     return;
   }
   {
     RuntimeScope scope;
-    execute(meeting);
+    execute(*meeting);
   }
-  const int count = meeting.arrived;
-  meeting.arrived = 0;
-  for (int i = 0; i < count - 1; i++) make_ready(meeting.fiber[i]);
-}
-
-// One warp. Lanes may meet in disjoint groups at the same time, each with its own mask.
-struct Warp {
-  Rendezvous<kWarpSize> meetings[4];
-  unsigned alive = 0;  // lanes that have not exited
-};
-
-// The slot of the meeting that the mask names; fails when the mask is wrong.
-Rendezvous<kWarpSize>& warp_meeting(const char* operation, unsigned mask, Where where);
-
-// All lanes of mask meet; execute sees each lane's argument at argument[lane] and the mask in key.
-template <class Execute>
-BK_UNINSTRUMENTED void warp_collective(const char* operation, unsigned mask, void* argument, Where where,
-                                       Execute execute) {
-  Rendezvous<kWarpSize>& meeting = warp_meeting(operation, mask, where);
-  rendezvous(meeting, operation, mask, __builtin_popcount(mask), current->lane, argument, where, execute);
+  const int count = meeting->arrived;
+  meeting->arrived = 0;
+  warp.open--;
+  make_ready(meeting->fiber, count - 1);
 }
 
 // State of one feature within a block. It is made when first asked for and lives until the block ends.
@@ -234,7 +264,6 @@ struct Block {
   BlockBarrier barrier;
   NamedBarrier named[kNamedBarriers];
   std::vector<Warp> warps;
-  std::vector<Rendezvous<128>> warpgroups;
   std::vector<Fiber*> fibers;
   std::vector<std::function<void()>> pending;
   std::vector<std::pair<const void*, std::unique_ptr<BlockExtension>>> extensions;

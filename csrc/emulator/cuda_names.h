@@ -211,18 +211,6 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
-namespace bigkern::emulator {
-
-template <class To, class From>
-inline To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-}  // namespace bigkern::emulator
-
 inline unsigned __float_as_uint(float x) {
   return bigkern::emulator::bits_as<unsigned>(x);
 }

@@ -78,6 +78,8 @@ bool is_fiber_stack(const void* p) {
 asm(R"(
 .text
 .p2align 4
+.globl bigkern_switch_context
+.hidden bigkern_switch_context
 .type bigkern_switch_context, @function
 bigkern_switch_context:
   pushq %rbp
@@ -98,12 +100,6 @@ bigkern_switch_context:
   jmp *%rdx
 .size bigkern_switch_context, .-bigkern_switch_context
 )");
-
-extern "C" __attribute__((visibility("hidden"))) void bigkern_switch_context(void** save, void* to);
-
-void switch_context(Context& from, Context& to) {
-  bigkern_switch_context(&from.stack_pointer, to.stack_pointer);
-}
 
 void prepare(Context& context, const Stack& stack, unsigned colour, void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -140,9 +136,6 @@ void announce_switch(void** fake_stack, const Stack& to) {
 void finish_switch(void* fake_stack) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
-#else
-void announce_switch(void**, const Stack&) {}
-void finish_switch(void*) {}
 #endif
 
 Stack thread_stack() {

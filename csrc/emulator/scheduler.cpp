@@ -121,9 +121,15 @@ Fiber* ReadyQueue::pop() {
   return fiber;
 }
 
+Fiber* ReadyQueue::likely_next() const {
+  if (order_ == Order::kPriority) return heap_.empty() ? nullptr : heap_.front().fiber;
+  if (count_ == 0 || order_ == Order::kRandom) return nullptr;
+  return ring_[(head_ + (order_ == Order::kReverse ? count_ - 1 : 0)) & (ring_.size() - 1)];
+}
+
 // ---- Scheduler: switching
 
-void Scheduler::switch_to(Fiber* to) {
+inline void Scheduler::switch_to(Fiber* to) {
   Fiber* from = current;
   if (to == from) return;
   current = to;
@@ -140,6 +146,7 @@ void Scheduler::wait(const char* what, Where where) {
   fiber->spins = 0;
   quiet_ = 0;
   Fiber* next = queue_.pop();
+  if (const Fiber* after_next = queue_.likely_next()) prefetch(after_next->context);
   switch_to(next ? next : &host_);
 }
 
@@ -256,7 +263,6 @@ void Scheduler::start_block(Block& block, unsigned linear) {
   block.barrier.arrived = 0;
   for (NamedBarrier& barrier : block.named) barrier = NamedBarrier{};
   block.warps.assign((block.threads + kWarpSize - 1) / kWarpSize, Warp{});
-  block.warpgroups.assign(block.threads / 128, Rendezvous<128>{});
   race_start_block(block);
   queue_.reseed(linear + 1);  // a block's schedule depends on its index, not on the worker it lands on
   for (int i = 0; i < block.threads; i++) {
@@ -265,13 +271,15 @@ void Scheduler::start_block(Block& block, unsigned linear) {
     fiber->index = i;
     fiber->lane = i % kWarpSize;
     fiber->warp = i / kWarpSize;
+    fiber->own_warp = &block.warps[fiber->warp];
     fiber->thread_index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
     fiber->done = fiber->in_runtime = false;
     fiber->spins = 0;
     fiber->waiting_for = "not started";
     fiber->waiting_at = {};
-    fiber->open_copies.clear();
+    fiber->copies.clear();
     fiber->copy_groups.clear();
+    fiber->open_copies = 0;
     fiber->copy_interval.end();
     fiber->race = FiberRace{};
     block.warps[fiber->warp].alive |= 1u << fiber->lane;
@@ -283,13 +291,11 @@ void Scheduler::start_block(Block& block, unsigned linear) {
 void Scheduler::exit_thread(Fiber& fiber) {
   RuntimeScope scope;
   Block& block = *fiber.block;
-  for (const auto& group : fiber.copy_groups) {
-    if (!group.empty()) fail("a thread exits with cp.async copies it never waited for", {});
-  }
-  if (!fiber.open_copies.empty()) fail("a thread exits with cp.async copies it never committed", {});
+  if (fiber.open_copies > 0) fail("a thread exits with cp.async copies it never committed", {});
+  if (!fiber.copies.empty()) fail("a thread exits with cp.async copies it never waited for", {});
   for (auto& entry : block.extensions) entry.second->on_thread_exit(fiber);
-  for (const Rendezvous<kWarpSize>& meeting : block.warps[fiber.warp].meetings) {
-    if (meeting.arrived > 0 && (meeting.key >> fiber.lane & 1)) {
+  for (const WarpMeeting& meeting : block.warps[fiber.warp].meetings) {
+    if (meeting.arrived > 0 && (meeting.mask >> fiber.lane & 1)) {
       fail(std::string("a lane exits while others wait for it in ") + meeting.operation, meeting.where);
     }
   }
@@ -435,6 +441,9 @@ void wait(const char* what, Where where) {
 void make_ready(Fiber* fiber) {
   fiber->scheduler->make_ready(fiber);
 }
+void make_ready(Fiber* const* fibers, int count) {
+  for (int i = 0; i < count; i++) fibers[i]->scheduler->make_ready(fibers[i]);
+}
 void spin_point(const char* what, Where where) {
   current->scheduler->spin_point(what, where);
 }
@@ -473,36 +482,32 @@ bool same_operation(const char* a, const char* b) {
   return a == b || std::strcmp(a, b) == 0;
 }
 
-void fail_mismatch(const char* operation, unsigned key, Where where, const char* met, unsigned met_key,
-                   Where met_where) {
-  std::string message = std::string(operation) + " meets " + met + " of other threads, " + met_where.text();
-  if (key != met_key) message += " (" + std::to_string(key) + " against " + std::to_string(met_key) + ")";
-  fail(message + ": threads diverged", where);
+void fail_mismatch(const char* operation, Where where, const char* met, Where met_where) {
+  fail(std::string(operation) + " meets " + met + " of other threads, " + met_where.text() + ": threads diverged",
+       where);
 }
 
-Rendezvous<kWarpSize>& warp_meeting(const char* operation, unsigned mask, Where where) {
-  Fiber* fiber = current;
-  Warp& warp = fiber->block->warps[fiber->warp];
-  if (!(mask >> fiber->lane & 1)) {
+WarpMeeting& find_meeting(Fiber& fiber, Warp& warp, const char* operation, unsigned mask, Where where) {
+  if (!(mask >> fiber.lane & 1)) {
     RuntimeScope scope;
     fail(std::string(operation) + ": the calling lane is not in its mask", where);
   }
   if (mask & ~warp.alive) {
     // A full mask may name lanes that a short last warp never had.
-    const int left = fiber->block->threads - fiber->warp * kWarpSize;
+    const int left = fiber.block->threads - fiber.warp * kWarpSize;
     RuntimeScope scope;
     fail(std::string(operation) + ": the mask names lanes that " +
              (left < kWarpSize && mask >> left ? "do not exist" : "have exited"),
          where);
   }
-  Rendezvous<kWarpSize>* own = nullptr;
-  Rendezvous<kWarpSize>* free = nullptr;
-  for (Rendezvous<kWarpSize>& meeting : warp.meetings) {
+  WarpMeeting* own = nullptr;
+  WarpMeeting* free = nullptr;
+  for (WarpMeeting& meeting : warp.meetings) {
     if (meeting.arrived == 0) {
       if (!free) free = &meeting;
-    } else if (meeting.key == mask) {
+    } else if (meeting.mask == mask) {
       own = &meeting;
-    } else if (meeting.key >> fiber->lane & 1) {
+    } else if (meeting.mask >> fiber.lane & 1) {
       // Groups may overlap while one of them can still complete; two that wait for each other's lanes cannot.
       unsigned waiting = 0;
       for (int i = 0; i < meeting.arrived; i++) waiting |= 1u << meeting.fiber[i]->lane;

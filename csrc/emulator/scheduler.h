@@ -41,6 +41,7 @@ class ReadyQueue {
   void push(Fiber* fiber);
   void push_spinning(Fiber* fiber);  // behind everyone who is not polling
   Fiber* pop();                      // null when empty
+  Fiber* likely_next() const;        // whom pop() may well return; null when that is open
   uint32_t random_bits();
   Order order() const { return order_; }
 

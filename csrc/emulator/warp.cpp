@@ -15,13 +15,13 @@ unsigned ballot(const char* operation, unsigned mask, bool predicate, Where wher
     bool predicate;
     unsigned result;
   } mine{predicate, 0};
-  warp_collective(operation, mask, &mine, where, [](Rendezvous<kWarpSize>& meeting) {
+  warp_collective(operation, mask, &mine, where, [](WarpMeeting& meeting) {
     unsigned votes = 0;
     for (int lane = 0; lane < kWarpSize; lane++) {
-      if (meeting.key >> lane & 1) votes |= unsigned{static_cast<Vote*>(meeting.argument[lane])->predicate} << lane;
+      if (meeting.mask >> lane & 1) votes |= unsigned{static_cast<Vote*>(meeting.argument[lane])->predicate} << lane;
     }
     for (int lane = 0; lane < kWarpSize; lane++) {
-      if (meeting.key >> lane & 1) static_cast<Vote*>(meeting.argument[lane])->result = votes;
+      if (meeting.mask >> lane & 1) static_cast<Vote*>(meeting.argument[lane])->result = votes;
     }
   });
   return mine.result;
@@ -32,7 +32,7 @@ unsigned ballot(const char* operation, unsigned mask, bool predicate, Where wher
 void __syncwarp(unsigned mask, bigkern::emulator::Where where) {
   using namespace bigkern::emulator;
   warp_collective("__syncwarp", mask, nullptr, where,
-                  [](Rendezvous<kWarpSize>& meeting) { happens_before_join(meeting.fiber, meeting.arrived); });
+                  [](WarpMeeting& meeting) { happens_before_join(meeting.fiber, meeting.arrived); });
 }
 
 unsigned __activemask() {

@@ -19,9 +19,9 @@ BK_UNINSTRUMENTED T shuffle(const char* operation, unsigned mask, T value, int s
   Shuffled<T> mine{value, source, value};
   warp_collective(operation, mask, &mine, where, [operation, where](auto& meeting) BK_UNINSTRUMENTED {
     for (int lane = 0; lane < kWarpSize; lane++) {
-      if (!(meeting.key >> lane & 1)) continue;
+      if (!(meeting.mask >> lane & 1)) continue;
       auto& entry = *static_cast<Shuffled<T>*>(meeting.argument[lane]);
-      if (!(meeting.key >> entry.source & 1)) fail_shuffle(operation, lane, entry.source, where);
+      if (!(meeting.mask >> entry.source & 1)) fail_shuffle(operation, lane, entry.source, where);
       entry.result = static_cast<Shuffled<T>*>(meeting.argument[entry.source])->value;
     }
   });
@@ -86,13 +86,13 @@ template <class T, class Combine>
 BK_UNINSTRUMENTED T reduce(const char* operation, unsigned mask, T value, Where where, Combine combine) {
   Shuffled<T> mine{value, 0, value};
   warp_collective(operation, mask, &mine, where, [combine](auto& meeting) BK_UNINSTRUMENTED {
-    const int first = __builtin_ctz(meeting.key);
+    const int first = __builtin_ctz(meeting.mask);
     T total = static_cast<Shuffled<T>*>(meeting.argument[first])->value;
     for (int lane = first + 1; lane < kWarpSize; lane++) {
-      if (meeting.key >> lane & 1) total = combine(total, static_cast<Shuffled<T>*>(meeting.argument[lane])->value);
+      if (meeting.mask >> lane & 1) total = combine(total, static_cast<Shuffled<T>*>(meeting.argument[lane])->value);
     }
     for (int lane = first; lane < kWarpSize; lane++) {
-      if (meeting.key >> lane & 1) static_cast<Shuffled<T>*>(meeting.argument[lane])->result = total;
+      if (meeting.mask >> lane & 1) static_cast<Shuffled<T>*>(meeting.argument[lane])->result = total;
     }
   });
   return mine.result;
@@ -135,9 +135,9 @@ BK_UNINSTRUMENTED unsigned __match_any_sync(unsigned mask, T value, BK_WHERE) {
   } mine{value, 0};
   warp_collective("__match_any_sync", mask, &mine, where, [](auto& meeting) BK_UNINSTRUMENTED {
     for (int a = 0; a < kWarpSize; a++) {
-      if (!(meeting.key >> a & 1)) continue;
+      if (!(meeting.mask >> a & 1)) continue;
       for (int b = 0; b < kWarpSize; b++) {
-        if (!(meeting.key >> b & 1)) continue;
+        if (!(meeting.mask >> b & 1)) continue;
         auto& entry = *static_cast<Entry*>(meeting.argument[a]);
         if (__builtin_memcmp(&entry.value, &static_cast<Entry*>(meeting.argument[b])->value, sizeof(T)) == 0) {
           entry.same |= 1u << b;

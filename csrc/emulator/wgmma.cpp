@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -191,7 +192,13 @@ void gather_registers(const WarpProduct& arguments, float* matrix) {
 void execute(const WarpProduct& arguments, Fiber* reader) {
   const Product& product = arguments.product;
   const int columns = product.columns;
-  static thread_local float a[kRows * kDepth], b[256 * kDepth], c[kRows * 256], b_by_k[kDepth * 256];
+  // Not thread_local arrays: with so much of it the library's thread-local storage would never be placed statically,
+  // and every read of `current` would be a call.
+  struct Operands {
+    float a[kRows * kDepth], b[256 * kDepth], c[kRows * 256], b_by_k[kDepth * 256];
+  };
+  static thread_local const auto operands = std::make_unique<Operands>();
+  auto& [a, b, c, b_by_k] = *operands;
   if (product.a_in_registers) {
     gather_registers(arguments, a);
   } else {
@@ -291,7 +298,7 @@ size_t descriptor_address(uint64_t descriptor, int mn, int k, bool trans) {
 
 void wgmma(const Product& product, float* d, const uint32_t* a, Where where) {
   LaneArgument argument{&product, d, a};
-  warp_collective("wgmma", 0xffffffffu, &argument, where, [where](Rendezvous<kWarpSize>& meeting) {
+  warp_collective("wgmma", 0xffffffffu, &argument, where, [where](WarpMeeting& meeting) {
     WarpState& warp = my_warp();
     if (warp.fenced != 0xffffffffu) fail("wgmma without a wgmma_fence() since the last wait", where);
     WarpProduct arguments;
@@ -317,7 +324,7 @@ void wgmma(const Product& product, float* d, const uint32_t* a, Where where) {
 }
 
 void wgmma_wait(size_t groups, Where where) {
-  warp_collective("wgmma_wait", 0xffffffffu, nullptr, where, [groups](Rendezvous<kWarpSize>& meeting) {
+  warp_collective("wgmma_wait", 0xffffffffu, nullptr, where, [groups](WarpMeeting& meeting) {
     WarpState& warp = my_warp();
     while (warp.groups.size() > groups) {
       execute_all(warp.groups.front(), first_lane());
@@ -331,7 +338,7 @@ void wgmma_wait(size_t groups, Where where) {
 
 void set_max_registers(int registers, bool raise, Where where) {
   const char* operation = raise ? "set_max_registers_inc" : "set_max_registers_dec";
-  warp_collective(operation, 0xffffffffu, nullptr, where, [=](Rendezvous<kWarpSize>&) {
+  warp_collective(operation, 0xffffffffu, nullptr, where, [=](WarpMeeting&) {
     if (!my_group(operation, where).registers.advance(current->warp % kWarpsPerGroup, registers)) {
       fail(std::string(operation) + ": the counts differ between the warps of the warpgroup", where);
     }
@@ -371,7 +378,7 @@ void wgmma_fence(Where) {
 }
 
 void wgmma_commit(Where where) {
-  warp_collective("wgmma_commit", 0xffffffffu, nullptr, where, [](Rendezvous<kWarpSize>&) {
+  warp_collective("wgmma_commit", 0xffffffffu, nullptr, where, [](WarpMeeting&) {
     WarpState& warp = my_warp();
     warp.groups.push_back(std::move(warp.open));
     warp.open.clear();
