@@ -28,6 +28,7 @@ void cp_async16(void* destination, const void* source, bool pred, Where where) {
   constexpr int kBytes = 16;
   check_shared(destination, kBytes, kBytes, "cp_async16", where);
   if (pred) check_global_alignment(source, kBytes, "cp_async16", where);
+  count_bank_access(*current, destination, kBytes, true, __builtin_return_address(0), where);
   record_copy_issue(current, destination, kBytes, Proxy::kGeneric, where);
   const CopyRequest request{destination, source, kBytes, pred ? kBytes : 0, where};
   if (current->copy_interval.late()) {

@@ -26,6 +26,7 @@ void __syncthreads(Where where) {
     return;
   }
   happens_before_barrier(block);
+  align_banks(block);
   const int count = barrier.arrived;
   barrier.arrived = 0;
   release_together(barrier.fiber, count);

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "emulator/bank_conflicts.h"
 #include "emulator/counters.h"
 
 namespace py = pybind11;
@@ -56,6 +57,7 @@ py::dict read_options() {
   result["workers"] = o.workers;
   result["resident"] = o.resident;
   result["async_mode"] = name_of(kAsyncModes, o.async_mode);
+  result["bank_conflicts"] = o.bank_conflicts;
   result["strict_exit"] = o.strict_exit;
   result["multiprocessors"] = o.multiprocessors;
   result["blocks_per_multiprocessor"] = o.blocks_per_multiprocessor;
@@ -77,6 +79,8 @@ void set_options(const py::kwargs& chosen) {
       o.resident = at_least(1, name, value);
     } else if (name == "async_mode") {
       o.async_mode = by_name(kAsyncModes, name, value.cast<std::string>());
+    } else if (name == "bank_conflicts") {
+      o.bank_conflicts = value.cast<bool>();
     } else if (name == "strict_exit") {
       o.strict_exit = value.cast<bool>();
     } else if (name == "multiprocessors") {
@@ -110,6 +114,14 @@ py::list schedules(int seeds) {
   return result;
 }
 
+void write_bank_totals(py::dict& result, const std::string& prefix, const BankTotals& totals) {
+  auto write = [&](const char* name, uint64_t value) { result[py::str(prefix + name)] = value; };
+  write("accesses", totals.accesses);
+  write("phases", totals.ideal);
+  write("wavefronts", totals.wavefronts);
+  write("conflicts", totals.wavefronts - totals.ideal);
+}
+
 py::dict read_counters() {
   const Counters& c = counters();
   py::dict result;
@@ -123,10 +135,23 @@ py::dict read_counters() {
   result["global_accesses"] = c.global_accesses.load();
   result["global_accesses_16"] = c.global_accesses_16.load();
 #endif
+  const BankReport banks = bank_report();
+  write_bank_totals(result, "shared_load_", banks.loads);
+  write_bank_totals(result, "shared_store_", banks.stores);
+  py::list places;
+  for (const BankPlace& worst : banks.worst) {
+    py::dict place;
+    place["place"] = worst.place;
+    place["kind"] = worst.store ? "store" : "load";
+    write_bank_totals(place, "", worst.totals);
+    places.append(place);
+  }
+  result["bank_conflict_places"] = places;
   return result;
 }
 
 void reset_counters() {
+  clear_bank_report();
   Counters& c = counters();
   c.launches = 0;
   c.global_load_bytes = c.global_store_bytes = c.global_atomic_bytes = 0;
@@ -152,14 +177,18 @@ PYBIND11_MODULE(bigkern_emulator, module) {
   module.def("options", &read_options, "The options in force, as keyword arguments of set_options.");
   module.def("set_options", &set_options,
              "order: forward, reverse, random or priority; seed; workers: OS threads (0: one for each core); resident: "
-             "blocks in flight on each; async_mode: issue, wait or drawn; strict_exit; multiprocessors; "
+             "blocks in flight on each; async_mode: issue, wait or drawn; bank_conflicts: count them; strict_exit; "
+             "multiprocessors; "
              "blocks_per_multiprocessor; max_shared_bytes. Later launches use them.");
   module.def("reset_options", [] { options() = Options{}; });
   module.def("schedules", &schedules, py::arg("seeds") = 3,
              "Forward, reverse, and `seeds` random and priority schedules, as keyword arguments of set_options.");
   module.def("counters", &read_counters,
              "Launches since reset_counters; in the race build also the bytes the kernels read and wrote, and how many "
-             "accesses of global memory there were, of 16 bytes and in all.");
+             "accesses of global memory there were, of 16 bytes and in all. With the option bank_conflicts, for "
+             "shared_load_ and shared_store_: accesses of warps, phases (wavefronts without conflicts), wavefronts and "
+             "conflicts, their difference; bank_conflict_places: the worst places, with the same numbers. The race "
+             "build sees every load and store, the others ldmatrix, stmatrix and cp.async only.");
   module.def("reset_counters", &reset_counters);
   module.def("last_error", &last_error, "The message of the last launch that failed; empty when none did.");
   module.def("clear_last_error", &clear_last_error);

@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "emulator/bank_conflicts.h"
 #include "emulator/fiber.h"
 #include "emulator/race.h"
 #include "emulator/where.h"
@@ -82,9 +83,9 @@ struct alignas(64) Fiber {
   const char* waiting_for = "";
   Where waiting_at;
   Stack stack;
-  std::vector<CopyRequest> copies;   // cp.async that have not taken effect, oldest first
-  std::vector<size_t> copy_groups;   // how many of them each group in flight committed, oldest first
-  size_t open_copies = 0;            // how many of them are not committed
+  std::vector<CopyRequest> copies;  // cp.async that have not taken effect, oldest first
+  std::vector<size_t> copy_groups;  // how many of them each group in flight committed, oldest first
+  size_t open_copies = 0;           // how many of them are not committed
   AsyncInterval copy_interval;
   FiberRace race;
 };
@@ -209,6 +210,7 @@ BK_UNINSTRUMENTED void warp_collective(const char* operation, unsigned mask, voi
     RuntimeScope scope;
     execute(*meeting);
   }
+  if (mask == warp.alive) align_banks(*fiber);
   const int count = meeting->arrived;
   meeting->arrived = 0;
   warp.open--;
@@ -267,6 +269,7 @@ struct Block {
   std::vector<Fiber*> fibers;
   std::vector<std::function<void()>> pending;
   std::vector<std::pair<const void*, std::unique_ptr<BlockExtension>>> extensions;
+  BankCounter* bank_counter = nullptr;  // null: not asked for
   BlockRace race;
 };
 

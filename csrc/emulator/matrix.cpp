@@ -32,6 +32,7 @@ void load_tiles(const char* operation, uint32_t* registers, const void* row, boo
   auto& tiles = lane.registers.loaded_tiles;
   if (lane.fiber.lane < kTile * kTiles) check_shared(row, sizeof(tiles[0][0]), 16, operation, where);
   warp_collective(operation, kAllLanes, const_cast<void*>(row), where, [&tiles, where](WarpMeeting& meeting) {
+    count_bank_tiles(*current, meeting.argument, kTiles, false, where);
     Fiber* const* lanes = lanes_of(*current);
     for (int t = 0; t < kTiles; t++) {
       for (int i = 0; i < kTile; i++) {
@@ -153,6 +154,7 @@ void stmatrix_x4(void* row, const uint32_t (&r)[4], Where where) {
   check_shared(row, sizeof(tiles[0][0]), 16, "stmatrix_x4", where);
   for (int t = 0; t < 4; t++) tiles[t][lane.row][lane.column / 2] = r[t];
   warp_collective("stmatrix_x4", kAllLanes, row, where, [&tiles, where](WarpMeeting& meeting) {
+    count_bank_tiles(*current, meeting.argument, 4, true, where);
     Fiber* const* lanes = lanes_of(*current);
     for (int t = 0; t < 4; t++) {
       for (int i = 0; i < kTile; i++) {

@@ -22,6 +22,7 @@ struct Options {
   int workers = 0;   // OS threads the blocks are spread over; 0: one for each core
   int resident = 1;  // blocks a worker keeps in flight; a cooperative launch keeps all of them
   AsyncMode async_mode = AsyncMode::kDrawn;
+  bool bank_conflicts = false;        // count them (bank_conflicts.h); slower
   bool strict_exit = true;            // a thread that exits while others still meet at __syncthreads is an error
   int multiprocessors = 4;            // what multiprocessor_count() answers
   int blocks_per_multiprocessor = 2;  // what occupancy() answers

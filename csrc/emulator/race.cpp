@@ -350,6 +350,10 @@ void access(Fiber* fiber, const void* pointer, size_t bytes, Access kind, Proxy 
 }  // namespace
 
 void instrumented_access(Fiber* fiber, const void* address, size_t bytes, Access kind, const void* pc) {
+  if (fiber->block && static_cast<size_t>(static_cast<const char*>(address) - fiber->block->arena) < kArenaBytes) {
+    RuntimeScope scope;
+    count_bank_access(*fiber, address, bytes, kind == Access::kWrite || kind == Access::kAtomic, pc);
+  }
   access(fiber, address, bytes, kind, Proxy::kGeneric, place_of_pc(pc), false, false);
 }
 

@@ -263,6 +263,7 @@ void Scheduler::start_block(Block& block, unsigned linear) {
   block.barrier.arrived = 0;
   for (NamedBarrier& barrier : block.named) barrier = NamedBarrier{};
   block.warps.assign((block.threads + kWarpSize - 1) / kWarpSize, Warp{});
+  block.bank_counter = launch_->options.bank_conflicts ? &start_bank_counter(block) : nullptr;
   race_start_block(block);
   queue_.reseed(linear + 1);  // a block's schedule depends on its index, not on the worker it lands on
   for (int i = 0; i < block.threads; i++) {
@@ -313,6 +314,7 @@ void Scheduler::exit_thread(Fiber& fiber) {
     if (barrier.arrived == block.live) {
       barrier.arrived = 0;
       happens_before_barrier(block);
+      align_banks(block);
       for (int i = 0; i < block.live; i++) queue_.push(barrier.fiber[i]);
     }
     return;

@@ -10,7 +10,7 @@ import pytest
 
 from tests import emulated
 
-SOURCES = ["tests/emulator/kernels.cu", "tests/emulator/faults.cu"]
+SOURCES = ["tests/emulator/kernels.cu", "tests/emulator/faults.cu", "tests/emulator/banks.cu"]
 
 
 class Kernels:
