@@ -14,8 +14,8 @@
 // loop alike; lanes that skip an iteration are matched with others' later one. What the compiler made of the source is
 // counted, so neighbouring accesses may have been joined to a wider one or an access repeated in unrolled code.
 //
-// Not counted: atomics, polled flags (ld_acquire, ld_relaxed and the like), TMA and wgmma. How the hardware serialises
-// the first is not documented; the last are free of conflicts, or not, by the swizzle of their tiles.
+// Not counted: atomics, ld_acquire and its kin, TMA and wgmma. How the hardware serialises the first is not documented;
+// TMA and wgmma are free of conflicts or not by the swizzle of their tiles.
 #pragma once
 
 #include <cstddef>

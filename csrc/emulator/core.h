@@ -10,8 +10,9 @@
 //   warp_collective()      the lanes of a mask meet: all deposit an argument, the last one computes for all
 //   spin_point()           must be called by anything a kernel may poll
 //   Block::pending         operations that may complete at any time; run when nothing else can, or earlier
-//   (AsyncInterval) extension<T>(block)    a block's state that belongs to one feature race.h record_access() and the
-//   happens-before edges the race checker needs
+//   extension<T>(block)    a block's state that belongs to one feature
+//   race.h                 record_access() and the happens-before edges the race checker needs
+//   bank_conflicts.h       what counts the bank conflicts of shared memory
 #pragma once
 
 #include <vector_types.h>

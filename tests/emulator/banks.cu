@@ -15,8 +15,8 @@ LaunchConfig one_block(int threads) {
 // Each lane loads element lane * stride, then stores there.
 template <class T>
 __global__ void stride_kernel(T* out, int stride, bool store) {
-  BK_SHARED(T, tile, [1280]);
-  for (int i = threadIdx.x; i < 1280; i += blockDim.x) tile[i] = T{};
+  BK_SHARED(T, tile, [2048]);
+  for (int i = threadIdx.x; i < 2048; i += blockDim.x) tile[i] = T{};
   __syncthreads();
   if (store) {
     tile[threadIdx.x * stride] = out[threadIdx.x];
