@@ -8,7 +8,8 @@ activation, or its maxima over the pooling windows.  Any strides; all tensors of
 * ``activation`` is an index into ``ACTIVATIONS``; ``max_pool`` is [] or [kernel_h, kernel_w, stride_h, stride_w,
   padding_h, padding_w], with at most ``MAX_POOL_WINDOW`` places in a window.
 * ``argmax`` (uint8): the place in the window, row by row, of the first maximum; of the last NaN where there is one.
-* ``preactivation``: for the activations but relu, what the activation was given where output comes from.
+* ``preactivation``: for the activations but relu, what the activation was given where output comes from.  The backward
+  pass reads it and ``argmax``, and for relu ``output``; it takes an empty tensor for what it does not read.
 * ``channels_last``: the memory format of what is returned (output, preactivation and argmax; grad_input; grad_weight).
   ``grad_conv`` is always channels_last.
 * ``tf32``: whether products of fp32 may be rounded to TF32.
@@ -68,7 +69,18 @@ def pooled_size(size: Sequence[int], max_pool: Sequence[int]) -> list[int]:
     return conv_size(size, max_pool[:2], max_pool[2:4], max_pool[4:], (1, 1))
 
 
-def _new(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+def unsupported_window(max_pool: Sequence[int]) -> str | None:
+    """Why the raw ops cannot pool over such a window, or None: argmax counts its places in a byte."""
+    if max_pool and max_pool[0] * max_pool[1] > MAX_POOL_WINDOW:
+        return (
+            f"max_pool's window has {max_pool[0]} x {max_pool[1]} places; the kernels take up to {MAX_POOL_WINDOW}, "
+            "pool larger ones with torch.nn.functional.max_pool2d"
+        )
+    return None
+
+
+def new_tensor(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, on the device and by default of the dtype of ``like``."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
@@ -91,9 +103,9 @@ def _forward_fake(
     shape = (input.shape[0], weight.shape[0], *size)
     keeps_preactivation = need_backward and ACTIVATIONS[activation] not in (None, "relu")
     return (
-        _new(input, shape, channels_last),
-        _new(input, shape, channels_last) if keeps_preactivation else input.new_empty((0,)),
-        _new(input, shape, channels_last, torch.uint8)
+        new_tensor(input, shape, channels_last),
+        new_tensor(input, shape, channels_last) if keeps_preactivation else input.new_empty((0,)),
+        new_tensor(input, shape, channels_last, torch.uint8)
         if need_backward and max_pool
         else input.new_empty((0,), dtype=torch.uint8),
     )
@@ -108,7 +120,7 @@ def _backward_epilogue_fake(
     activation: int,
     max_pool: Sequence[int],
 ) -> Tensor:
-    return _new(grad_output, (*grad_output.shape[:2], *conv_size), True)
+    return new_tensor(grad_output, (*grad_output.shape[:2], *conv_size), True)
 
 
 def _backward_input_fake(
@@ -122,7 +134,7 @@ def _backward_input_fake(
     tf32: bool,
     channels_last: bool,
 ) -> Tensor:
-    return _new(grad_conv, (grad_conv.shape[0], weight.shape[1] * groups, *input_size), channels_last)
+    return new_tensor(grad_conv, (grad_conv.shape[0], weight.shape[1] * groups, *input_size), channels_last)
 
 
 def _backward_weight_fake(
@@ -138,7 +150,7 @@ def _backward_weight_fake(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (grad_conv.shape[1], input.shape[1] // groups, *kernel_size)
-    return _new(input, shape, channels_last), input.new_empty((grad_conv.shape[1],) if need_bias else (0,))
+    return new_tensor(input, shape, channels_last), input.new_empty((grad_conv.shape[1],) if need_bias else (0,))
 
 
 for _namespace in NAMESPACES:
