@@ -27,6 +27,8 @@ _WEIGHT_SHAPES = {1: "(out_channels, in_channels / groups, S)", 2: "(out_channel
 
 # An int, or one int for each spatial dimension.
 Size = int | Sequence[int]
+# The window's size and stride; or kernel_size, stride and padding.
+MaxPool = int | tuple[Size, Size | None, Size]
 
 
 def conv2d(
@@ -39,7 +41,7 @@ def conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
-    max_pool: int | tuple[Size, Size | None, Size] | None = None,
+    max_pool: MaxPool | None = None,
 ) -> Tensor:
     """Two-dimensional convolution, then an activation, then max pooling, in one pass over memory.
 
@@ -67,9 +69,9 @@ def conv2d(
             activation or max_pool that has no meaning.
         bigkern.BackendError: the backend that was asked for cannot serve the arguments.
     """
-    if _is_plain(input, weight, bias) and activation is None and max_pool is None:
+    if _is_plain(input, weight, bias, activation):
         try:
-            return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            return _torch.compose(2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
         except (RuntimeError, TypeError, ValueError):
             pass  # what follows says which argument is wrong
     return _convolve("conv2d", 2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
@@ -85,7 +87,7 @@ def conv1d(
     groups: int = 1,
     *,
     activation: str | None = None,
-    max_pool: int | tuple[Size, Size | None, Size] | None = None,
+    max_pool: MaxPool | None = None,
 ) -> Tensor:
     """One-dimensional convolution, then an activation, then max pooling, in one pass over memory.
 
@@ -97,9 +99,9 @@ def conv1d(
     Returns:
         (N, K, Q), unbatched (K, Q), contiguous; otherwise as :func:`conv2d`, as are the errors raised.
     """
-    if _is_plain(input, weight, bias) and activation is None and max_pool is None:
+    if _is_plain(input, weight, bias, activation):
         try:
-            return torch.conv1d(input, weight, bias, stride, padding, dilation, groups)
+            return _torch.compose(1, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
         except (RuntimeError, TypeError, ValueError):
             pass  # what follows says which argument is wrong
     return _convolve("conv1d", 1, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
@@ -112,14 +114,14 @@ class _Conv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, implementation, geometry, activation, max_pool, tf32, formats):
+    def forward(ctx, input, weight, bias, implementation, geometry, activation, window, tf32, formats):
         output, preactivation, argmax = implementation.forward(
-            input, weight, bias, *geometry, ACTIVATIONS.index(activation), max_pool, tf32, formats[0], True
+            input, weight, bias, *geometry, ACTIVATIONS.index(activation), window, tf32, formats[0], True
         )
         # relu's mask is its own output; the others' derivatives follow from what they were given.
         kept = output if activation == "relu" else preactivation
         ctx.save_for_backward(input, weight, bias, kept, argmax)
-        ctx.implementation, ctx.geometry, ctx.activation, ctx.max_pool = implementation, geometry, activation, max_pool
+        ctx.implementation, ctx.geometry, ctx.activation, ctx.window = implementation, geometry, activation, window
         ctx.tf32, ctx.formats = tf32, formats
         return output
 
@@ -129,19 +131,19 @@ class _Conv(torch.autograd.Function):
         need_input, need_weight, need_bias = needed = ctx.needs_input_grad[:3]
         # While torch.compile traces a backward it will not be differentiated again, whatever the grad mode says.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _torch.gradients(
-                grad_output, input, weight, bias, *ctx.geometry, ctx.activation, ctx.max_pool, needed
-            )
+            window = ctx.window
+            max_pool = (window[:2], window[2:4], window[4:]) if window else None
+            grads = _torch.gradients(grad_output, input, weight, bias, *ctx.geometry, ctx.activation, max_pool, needed)
             return (*grads, *(None,) * 6)
 
         implementation, kernel_size = ctx.implementation, weight.shape[2:]
         grad_conv = grad_output
-        if ctx.activation is not None or ctx.max_pool:
+        if ctx.activation is not None or ctx.window:
             empty = input.new_empty((0,))
             output, preactivation = (kept, empty) if ctx.activation == "relu" else (empty, kept)
             size = conv_size(input.shape[2:], kernel_size, *ctx.geometry[:3])
             grad_conv = implementation.backward_epilogue(
-                grad_output, output, preactivation, argmax, size, ACTIVATIONS.index(ctx.activation), ctx.max_pool
+                grad_output, output, preactivation, argmax, size, ACTIVATIONS.index(ctx.activation), ctx.window
             )
         grad_input = grad_weight = grad_bias = None
         if need_input:
@@ -168,7 +170,7 @@ def _convolve(
     dilation: Size,
     groups: int,
     activation: str | None,
-    max_pool: int | tuple[Size, Size | None, Size] | None,
+    max_pool: MaxPool | None,
 ) -> Tensor:
     """The public functions for any arguments: refuse the bad ones, choose a backend, and run it."""
     stride, padding, dilation, max_pool = _check(
@@ -196,7 +198,7 @@ def _convolve(
             bias,
             ((1, *stride), (0, *padding), (1, *dilation), groups),
             activation,
-            (1, max_pool[0], 1, max_pool[1], 0, max_pool[2]) if max_pool else (),
+            max_pool and tuple((usual, *sizes) for usual, sizes in zip((1, 1, 0), max_pool, strict=True)),
             (False, False),
         ).squeeze(2)
     else:
@@ -219,7 +221,7 @@ def _dispatch(
     bias: Tensor | None,
     geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
     activation: str | None,
-    max_pool: tuple[int, ...],
+    max_pool: tuple[tuple[int, ...], ...] | None,
     formats: tuple[bool, bool],
 ) -> Tensor:
     """A two-dimensional convolution on the backend that :func:`backend.select` names.
@@ -227,7 +229,8 @@ def _dispatch(
     ``geometry`` is (stride, padding, dilation, groups); ``formats`` whether output and grad_input, and whether
     grad_weight, are channels_last.
     """
-    implementation = backend.select("conv", _IMPLEMENTATIONS, input, weight, bias, *geometry, activation, max_pool)
+    window = () if max_pool is None else sum(max_pool, ())  # as the raw ops have it
+    implementation = backend.select("conv", _IMPLEMENTATIONS, input, weight, bias, *geometry, activation, window)
     # Nothing to launch on no elements; forward mode and functorch need operators that torch can differentiate itself.
     if (
         implementation is _torch
@@ -239,9 +242,9 @@ def _dispatch(
         return _torch.compose(2, input, weight, bias, *geometry, activation, max_pool)
     tf32 = input.dtype == torch.float32 and _allows_tf32()
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
-        return _Conv.apply(input, weight, bias, implementation, geometry, activation, max_pool, tf32, formats)
+        return _Conv.apply(input, weight, bias, implementation, geometry, activation, window, tf32, formats)
     index = ACTIVATIONS.index(activation)
-    return implementation.forward(input, weight, bias, *geometry, index, max_pool, tf32, formats[0], False)[0]
+    return implementation.forward(input, weight, bias, *geometry, index, window, tf32, formats[0], False)[0]
 
 
 def _allows_tf32() -> bool:
@@ -281,7 +284,7 @@ def _pad(
     return input, tuple(total // 2 for total in totals)
 
 
-def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Whether torch serves the call and what is left to refuse torch's operators refuse themselves.
 
     :func:`_check` would say the same, more slowly: it costs more than the 3 us that a call on a CPU may cost more than
@@ -295,6 +298,7 @@ def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and input.dtype in _DTYPES
         and getattr(weight, "is_cpu", False)
         and (bias is None or getattr(bias, "is_cpu", False))
+        and activation in ACTIVATIONS
     )
 
 
@@ -309,8 +313,8 @@ def _check(
     dilation: Size,
     groups: int,
     activation: str | None,
-    max_pool: int | tuple[Size, Size | None, Size] | None,
-) -> tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...], tuple[int, ...]]:
+    max_pool: MaxPool | None,
+) -> tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...], tuple[tuple[int, ...], ...] | None]:
     """Refuse what no backend serves; stride, padding, dilation and max_pool as tuples (padding may stay a string)."""
     _check_tensors(op, input, weight, bias)
     if input.dim() not in (rank + 1, rank + 2):
@@ -388,11 +392,11 @@ def _check_tensors(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _check_pool(
-    op: str, rank: int, max_pool: int | tuple[Size, Size | None, Size] | None, size: Sequence[int]
-) -> tuple[int, ...]:
-    """``max_pool`` as one tuple: kernel sizes, strides, paddings; () for None.  ``size`` is the convolution's."""
+    op: str, rank: int, max_pool: MaxPool | None, size: Sequence[int]
+) -> tuple[tuple[int, ...], ...] | None:
+    """``max_pool`` as (kernel sizes, strides, paddings); None for None.  ``size`` is the convolution's."""
     if max_pool is None:
-        return ()
+        return None
     if isinstance(max_pool, int):
         kernel_size, stride, padding = max_pool, None, 0
     elif isinstance(max_pool, (tuple, list)):
@@ -415,7 +419,7 @@ def _check_pool(
             f"{op}: max_pool's kernel_size {kernel} is larger than the convolution's output of {tuple(size)} with "
             f"padding {around}: pool less, or give a larger input"
         )
-    return kernel + strides + around
+    return kernel, strides, around
 
 
 def _sizes(op: str, name: str, value: Size, rank: int, least: int) -> tuple[int, ...]:

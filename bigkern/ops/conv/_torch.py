@@ -45,11 +45,9 @@ def compose(
     dilation: int | Sequence[int],
     groups: int,
     activation: str | None,
-    max_pool: Sequence[int],
+    max_pool: int | Sequence | None,
 ) -> Tensor:
-    """The convolution of ``rank`` spatial dimensions, the activation, and the maxima; batched or not.
-
-    ``max_pool`` is () or the kernel sizes, then the strides, then the paddings.
+    """The convolution of ``rank`` spatial dimensions, the activation, and the maxima; arguments as in the public op.
 
     The operators are called without torch.nn.functional's layers over them, which cost microseconds a call.
     """
@@ -60,8 +58,9 @@ def compose(
         output = torch._C._nn.silu(output)
     elif activation is not None:
         output = torch._C._nn.gelu(output, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if max_pool:
-        output = _POOLS[rank](output, max_pool[:rank], max_pool[rank : 2 * rank], max_pool[2 * rank :])
+    if max_pool is not None:
+        kernel_size, stride, padding = (max_pool, None, 0) if isinstance(max_pool, int) else max_pool
+        output = _POOLS[rank](output, kernel_size, () if stride is None else stride, padding)
     return output
 
 
@@ -75,7 +74,7 @@ def gradients(
     dilation: Sequence[int],
     groups: int,
     activation: str | None,
-    max_pool: Sequence[int],
+    max_pool: Sequence | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of a two-dimensional :func:`compose` that are ``needed`` of (input, weight, bias), differentiable
