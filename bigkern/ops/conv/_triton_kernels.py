@@ -68,12 +68,13 @@ def _derivative(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == _GELU:
         slope = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + x * _INV_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif ACTIVATION == _GELU_TANH:
-        share = tl.sigmoid((x + x * x * x * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI)
-        inner = (x * x * _THRICE_TANH_CUBIC + 1.0) * _TWO_SQRT_2_OVER_PI
-        slope = share + x * share * (1.0 - share) * inner
+        # 1 - sigmoid(u) is sigmoid(-u), which keeps its digits where u is large.
+        argument = (x + x * x * x * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI
+        share = tl.sigmoid(argument)
+        slope = share + x * share * tl.sigmoid(-argument) * (x * x * _THRICE_TANH_CUBIC + 1.0) * _TWO_SQRT_2_OVER_PI
     else:
         share = tl.sigmoid(x)
-        slope = share * (1.0 + x * (1.0 - share))
+        slope = share * (1.0 + x * tl.sigmoid(-x))
     return slope
 
 
