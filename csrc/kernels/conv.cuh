@@ -1,12 +1,38 @@
-// Convolution: forward with bias, activation and max pool in the epilogue, and its gradients, for sm_80 and up.
+// Convolution with bias, activation and max pool in one pass, and its gradients, for sm_80 and up.
+//
+//   output[n, k, p, q] = pool(activation(bias[k] + sum over c, r, s of weight[k, c, r, s] input[n, c, h, w])),
+//   h = p stride_h - padding_h + r dilation_h, w alike; channels in groups.
+//
+// Floors, with N P Q places of K filters over C channels and R S taps: 2 N P Q K C / groups R S FLOP in each of
+// forward, input gradient and weight gradient; bytes: each operand read once, each result written once.
+//
+// What serves what (conv_forward, conv_backward_input and conv_backward_weight choose by shape; a path for one
+// architecture alone is another branch there):
+//
+//   conv_gemm.cuh       implicit GEMM for forward and input gradient. Tiles of 128 x 128, 128 x 64 and 64 x 64 on
+//   tensor
+//                       cores, or by fused multiply-adds for fp32 without TF32. Chunks of channels by cp.async, single
+//                       elements where channels are few (stems) or no whole chunks.
+//   conv_epilogue.cuh   bias, activation, and max pool where windows fit a tile; else
+//   conv_pool.cuh       the pool as a pass of its own; and the way back through pool and activation
+//   conv_weight.cuh     weight and bias gradients
+//   conv_depthwise.cuh  one channel a group: bound by memory, without tiles
+//   conv_layout.cuh     copies between layouts
+//
+// Layouts: every kernel reads images with contiguous channels, of any other strides. Others (NCHW) are copied first, at
+// a read and a write of the operand; results in NCHW are copied last. Weights are copied wherever their channels do not
+// lie as the path wants them: they are small.
+//
+// Numerics: fp32 accumulators over all of k in one order; one rounding at the end. TF32 rounds operands to nearest,
+// halves away from zero. Offsets are 64-bit; coordinates and the k axis are int, which csrc/torch/conv.cpp checks.
 #pragma once
 
 #include "kernels/conv.h"
+#include "kernels/conv_depthwise.cuh"
 #include "kernels/conv_epilogue.cuh"
 #include "kernels/conv_gemm.cuh"
 #include "kernels/conv_layout.cuh"
 #include "kernels/conv_pool.cuh"
-#include "kernels/conv_tile.cuh"
 #include "kernels/conv_weight.cuh"
 
 #include <algorithm>
@@ -28,33 +54,42 @@ inline ConvTensor dense_contiguous(const void* data, int channels, int height, i
 }
 
 // Copies a tensor to another of the same sizes; the destination's channels are contiguous, or its columns.
-inline int copy_tensor(const ConvTensor& from, const ConvTensor& to, int64_t images, int channels, int height,
-                       int width, size_t element_bytes, Stream stream) {
+template <class T>
+int copy_tensor(const ConvTensor& from, const ConvTensor& to, int64_t images, int channels, int height, int width,
+                Stream stream) {
   PermuteParams p{};
   p.source = from.data;
   p.destination = const_cast<void*>(to.data);
   const bool flat = from.row == width * from.column && to.row == width * to.column;
-  const int64_t lines = flat ? 1 : height, columns = flat ? int64_t{height} * width : width;
   p.outer[0] = images, p.source_outer[0] = from.image, p.destination_outer[0] = to.image;
-  p.outer[1] = lines, p.source_outer[1] = from.row, p.destination_outer[1] = to.row;
+  p.outer[1] = flat ? 1 : height, p.source_outer[1] = from.row, p.destination_outer[1] = to.row;
   p.outer[2] = 1;
   p.rows = channels, p.source_row = from.channel, p.destination_row = to.channel;
-  p.cols = columns, p.source_col = from.column, p.destination_col = to.column;
+  p.cols = flat ? int64_t{height} * width : width, p.source_col = from.column, p.destination_col = to.column;
   if (to.channel != 1) {
     std::swap(p.rows, p.cols);
     std::swap(p.source_row, p.source_col);
     std::swap(p.destination_row, p.destination_col);
   }
-  return launch_permute(p, element_bytes, stream);
+  return launch_permute<Bits<T>>(p, stream);
 }
 
-// The tensor with contiguous channels: itself, or a copy. Strides of axes of length one become 0.
-inline int channels_contiguous(ConvTensor& tensor, int64_t images, int channels, int height, int width,
-                               size_t element_bytes, Stream stream, const Allocate& allocate) {
+// Dense results with contiguous channels to N x C x H x W; none to none.
+template <class T>
+int copy_to_contiguous(const T* from, void* to, int64_t images, int channels, int height, int width, Stream stream) {
+  if (to == nullptr) return 0;
+  return copy_tensor<T>(dense_channels_last(from, channels, height, width),
+                        dense_contiguous(to, channels, height, width), images, channels, height, width, stream);
+}
+
+// Makes the tensor one with contiguous channels: itself, or a copy. Strides of axes of length one become 0.
+template <class T>
+int channels_contiguous(ConvTensor& tensor, int64_t images, int channels, int height, int width, Stream stream,
+                        const Allocate& allocate) {
   if (tensor.channel != 1 && channels > 1) {
-    void* copy = allocate(images * channels * height * width * element_bytes);
+    void* const copy = allocate(images * channels * height * width * sizeof(T));
     const ConvTensor to = dense_channels_last(copy, channels, height, width);
-    if (int error = copy_tensor(tensor, to, images, channels, height, width, element_bytes, stream)) return error;
+    if (int error = copy_tensor<T>(tensor, to, images, channels, height, width, stream)) return error;
     tensor = to;
   }
   tensor.channel = 1;
@@ -64,19 +99,44 @@ inline int channels_contiguous(ConvTensor& tensor, int64_t images, int channels,
   return 0;
 }
 
-// Whether vectors of `count` channels are aligned in every place; an absent tensor is.
-inline bool whole_vectors(const ConvTensor& tensor, int count, size_t element_bytes) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % (count * element_bytes) == 0 && tensor.image % count == 0 &&
-         tensor.row % count == 0 && tensor.column % count == 0;
+// Filters as taps x channels, for one channel a group.
+template <class T>
+int taps_first(ConvTensor& weight, const ConvShape& shape, Stream stream, const Allocate& allocate) {
+  void* const copy = allocate(int64_t{shape.filters} * shape.kernel_h * shape.kernel_w * sizeof(T));
+  const ConvTensor from = {weight.data, 0, weight.image, weight.row, weight.column};
+  const ConvTensor to = dense_channels_last(copy, shape.filters, shape.kernel_h, shape.kernel_w);
+  weight = to;
+  return copy_tensor<T>(from, to, 1, shape.filters, shape.kernel_h, shape.kernel_w, stream);
+}
+
+// Filters with input and output channels exchanged: groups x channels x R x S x filters.
+template <class T>
+int exchange_channels(ConvTensor& weight, const ConvShape& shape, Stream stream, const Allocate& allocate) {
+  const int channels = shape.channels / shape.groups, filters = shape.filters / shape.groups;
+  const int64_t line = int64_t{shape.kernel_w} * filters, taps = shape.kernel_h * line;
+  PermuteParams p{};
+  p.source = weight.data;
+  p.destination = allocate(channels * shape.groups * taps * sizeof(T));
+  p.outer[0] = shape.groups, p.source_outer[0] = filters * weight.image, p.destination_outer[0] = channels * taps;
+  p.outer[1] = shape.kernel_h, p.source_outer[1] = weight.row, p.destination_outer[1] = line;
+  p.outer[2] = shape.kernel_w, p.source_outer[2] = weight.column, p.destination_outer[2] = filters;
+  p.rows = filters, p.source_row = weight.image, p.destination_row = 1;
+  p.cols = channels, p.source_col = weight.channel, p.destination_col = taps;
+  weight = {p.destination, taps, 1, line, filters};
+  return launch_permute<Bits<T>>(p, stream);
+}
+
+inline bool is_depthwise(const ConvShape& shape) {
+  return shape.groups == shape.channels && shape.filters == shape.channels && shape.groups > 1;
 }
 
 // ---- The tile loop ----
 
 // Lays the tile's rows over pooling windows; false where too few of them would be of use, and the pool is a pass of its
 // own.
-inline bool plan_pool(const ConvPool& pool, int64_t images, int tile_m, GemmParams& p) {
+inline bool plan_pool(const ConvPool& pool, int tile_m, GemmParams& p) {
   p.pool = pool;
-  const int64_t outputs = images * pool.out_h * pool.out_w;
+  const int64_t outputs = p.images * pool.out_h * pool.out_w;
   const int area = pool.kernel_h * pool.kernel_w;
   const bool apart =
       pool.stride_h >= pool.kernel_h && pool.stride_w >= pool.kernel_w && pool.padding_h == 0 && pool.padding_w == 0;
@@ -104,7 +164,7 @@ inline bool plan_pool(const ConvPool& pool, int64_t images, int tile_m, GemmPara
   p.box_w = (p.tile_w - 1) * pool.stride_w + pool.kernel_w;
   p.boxes_h = ceil_div(pool.out_h, p.tile_h);
   p.boxes_w = ceil_div(pool.out_w, p.tile_w);
-  p.tiles_m = images * best;
+  p.tiles_m = p.images * best;
   return best * tile_m <= 2 * int64_t{p.height.result} * p.width.result;
 }
 
@@ -138,6 +198,13 @@ using TileSmall = TileShape<T, 64, 64, 2, 2>;
 
 constexpr int kTileRows = 128, kTileRowsSmall = 64;
 
+// Fewer blocks of 128 x 64 than multiprocessors.
+template <class T>
+bool wants_small_tile(const GemmParams& p) {
+  const int64_t tiles = ceil_div<int64_t>(p.images * p.height.result * p.width.result, kTileRows);
+  return whole_chunks<T>(p) && tiles * ceil_div(p.filters, 64) * p.groups < multiprocessor_count();
+}
+
 // The largest tile whose blocks fill the GPU once, and that has no columns to spare.
 template <class T, class Product, class Epilogue>
 int launch_gemm(const GemmParams& p, bool small, const Epilogue& epilogue, Stream stream) {
@@ -161,10 +228,6 @@ int launch_gemm(const GemmParams& p, bool tf32, bool small, const Epilogue& epil
   return launch_gemm<T, TensorCores>(p, small, epilogue, stream);
 }
 
-inline bool few_places(int64_t places, int filters, int groups) {
-  return ceil_div<int64_t>(places, kTileRows) * ceil_div(filters, 64) * groups < multiprocessor_count();
-}
-
 // ---- The weight's gradient ----
 
 template <class T, class Product>
@@ -185,125 +248,136 @@ int launch_weight(const WeightParams& p, bool tf32, Stream stream) {
   return launch_weight<T, TensorCores>(p, stream);
 }
 
+inline AxisShape axis_shape(int operand, int result, int stride, int padding, int dilation, int taps) {
+  return {operand, result, stride, padding, dilation, taps, std::gcd(stride, dilation)};
+}
+
+// Axes of the forward pass, or of the input gradient, where the convolution's output is the operand.
+template <class Params>
+void set_axes(const ConvShape& s, bool transposed, Params& p) {
+  p.transposed = transposed;
+  p.height = axis_shape(transposed ? s.out_h : s.height, transposed ? s.height : s.out_h, s.stride_h, s.padding_h,
+                        s.dilation_h, s.kernel_h);
+  p.width = axis_shape(transposed ? s.out_w : s.width, transposed ? s.width : s.out_w, s.stride_w, s.padding_w,
+                       s.dilation_w, s.kernel_w);
+  p.images = s.images;
+}
+
+inline WeightParams weight_params(const ConvShape& s, const ConvTensor& grad, const ConvTensor& input) {
+  WeightParams p{};
+  p.grad = grad.data, p.grad_image = grad.image, p.grad_row = grad.row, p.grad_pixel = grad.column;
+  p.input = input.data, p.input_image = input.image, p.input_row = input.row, p.input_pixel = input.column;
+  p.places = s.images * s.out_h * s.out_w;
+  p.out_h = s.out_h, p.out_w = s.out_w, p.height = s.height, p.width = s.width;
+  p.stride_h = s.stride_h, p.stride_w = s.stride_w;
+  p.padding_h = s.padding_h, p.padding_w = s.padding_w;
+  p.dilation_h = s.dilation_h, p.dilation_w = s.dilation_w;
+  p.kernel_h = s.kernel_h, p.kernel_w = s.kernel_w;
+  p.groups = s.groups, p.channels = s.channels / s.groups, p.filters = s.filters / s.groups;
+  return p;
+}
+
+template <class T>
+DepthwiseParams<T> depthwise_params(const ConvShape& shape, bool transposed, const ConvTensor& operand,
+                                    const ConvTensor& weight) {
+  DepthwiseParams<T> p{};
+  set_axes(shape, transposed, p);
+  p.operand = static_cast<const T*>(operand.data), p.weight = static_cast<const T*>(weight.data);
+  p.operand_image = operand.image, p.operand_row = operand.row, p.operand_pixel = operand.column;
+  p.channels = shape.channels;
+  return p;
+}
+
+inline GemmParams gemm_params(const ConvShape& shape, bool transposed, const ConvTensor& a, const ConvTensor& b) {
+  GemmParams p{};
+  set_axes(shape, transposed, p);
+  const int channels = shape.channels / shape.groups, filters = shape.filters / shape.groups;
+  p.a = a.data, p.a_image = a.image, p.a_row = a.row, p.a_pixel = a.column;
+  p.b = b.data, p.b_filter = b.image, p.b_row = b.row, p.b_tap = b.column;
+  p.groups = shape.groups, p.channels = transposed ? filters : channels, p.filters = transposed ? channels : filters;
+  return p;
+}
+
+// Where results go before they are copied to their layout: images x height x width x filters.
+template <class T>
+struct Results {
+  T* output;
+  T* preactivation;  // or null
+  uint8_t* argmax;   // or null
+};
+
+// Forward without a pool, or with one that the tiles hold. `pooled` says which it was.
+template <class T>
+int launch_conv(const ConvForwardParams& params, const Results<T>& final, const Allocate& allocate, Stream stream,
+                Results<T>& written, bool& pooled) {
+  const ConvShape& shape = params.shape;
+  const bool wants_pool = params.pool.kernel_h > 0;
+  const int64_t places = shape.images * shape.out_h * shape.out_w;
+  ConvTensor input = params.input, weight = params.weight;
+  if (int error =
+          channels_contiguous<T>(input, shape.images, shape.channels, shape.height, shape.width, stream, allocate)) {
+    return error;
+  }
+  auto before_pool = [&] { return Results<T>{static_cast<T*>(allocate(places * shape.filters * sizeof(T)))}; };
+
+  if (is_depthwise(shape)) {
+    if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
+    pooled = false;
+    written = wants_pool ? before_pool() : final;
+    DepthwiseParams<T> p = depthwise_params<T>(shape, false, input, weight);
+    p.bias = static_cast<const T*>(params.bias);
+    p.activation = wants_pool ? ConvActivation::kNone : params.activation;
+    p.output = written.output, p.preactivation = written.preactivation;
+    return launch_depthwise(p, stream);
+  }
+  if (int error = channels_contiguous<T>(weight, shape.filters, shape.channels / shape.groups, shape.kernel_h,
+                                         shape.kernel_w, stream, allocate)) {
+    return error;
+  }
+  GemmParams p = gemm_params(shape, false, input, weight);
+  const bool small = wants_small_tile<T>(p);
+  pooled = wants_pool && plan_pool(params.pool, small ? kTileRowsSmall : kTileRows, p);
+  if (!pooled) p.pool_tile = PoolTile::kNone;
+  written = wants_pool && !pooled ? before_pool() : final;
+  StoreOutput<T> store{};
+  store.bias = static_cast<const T*>(params.bias);
+  store.output = written.output, store.preactivation = written.preactivation, store.argmax = written.argmax;
+  store.row_filters = shape.filters;
+  store.activation = wants_pool && !pooled ? ConvActivation::kNone : params.activation;
+  store.vectors = p.filters % kVecElements<T> == 0;
+  return launch_gemm<T>(p, params.tf32, small, store, stream);
+}
+
 }  // namespace conv
 
 template <class T>
 int conv_forward(const ConvForwardParams& params, Stream stream, const Allocate& allocate) {
   using namespace conv;
   const ConvShape& shape = params.shape;
-  const int channels = shape.channels / shape.groups, filters = shape.filters / shape.groups;
-  ConvTensor input = params.input, weight = params.weight;
-  if (int error = channels_contiguous(input, shape.images, shape.channels, shape.height, shape.width, sizeof(T), stream,
-                                      allocate)) {
-    return error;
-  }
-  if (int error = channels_contiguous(weight, shape.filters, channels, shape.kernel_h, shape.kernel_w, sizeof(T),
-                                      stream, allocate)) {
-    return error;
-  }
-  GemmParams p{};
-  p.a = input.data, p.a_image = input.image, p.a_row = input.row, p.a_pixel = input.column;
-  p.b = weight.data, p.b_filter = weight.image, p.b_row = weight.row, p.b_tap = weight.column;
-  p.height = {shape.height, shape.out_h, shape.stride_h, shape.padding_h, shape.dilation_h, shape.kernel_h, 1};
-  p.width = {shape.width, shape.out_w, shape.stride_w, shape.padding_w, shape.dilation_w, shape.kernel_w, 1};
-  p.images = shape.images, p.groups = shape.groups, p.channels = channels, p.filters = filters;
-
-  const bool pooled = params.pool.kernel_h > 0;
-  const int out_h = pooled ? params.pool.out_h : shape.out_h, out_w = pooled ? params.pool.out_w : shape.out_w;
+  const bool wants_pool = params.pool.kernel_h > 0;
+  const int out_h = wants_pool ? params.pool.out_h : shape.out_h, out_w = wants_pool ? params.pool.out_w : shape.out_w;
   const int64_t outputs = shape.images * out_h * out_w * shape.filters;
-  const int64_t places = shape.images * shape.out_h * shape.out_w;
-  bool small = few_places(places, filters, shape.groups) && whole_chunks<T>(p);
-  const bool fused = pooled && plan_pool(params.pool, shape.images, small ? kTileRowsSmall : kTileRows, p);
-
-  StoreOutput<T> store{};
-  store.bias = static_cast<const T*>(params.bias);
-  store.row_filters = shape.filters;
-  store.activation = params.activation;
-  store.vectors = filters % kVecElements<T> == 0;
-  store.output = static_cast<T*>(params.output);
-  store.preactivation = static_cast<T*>(params.preactivation);
-  store.argmax = params.argmax;
+  Results<T> final = {static_cast<T*>(params.output), static_cast<T*>(params.preactivation), params.argmax};
   if (!params.channels_last) {
-    store.output = static_cast<T*>(allocate(outputs * sizeof(T)));
-    if (params.preactivation != nullptr) store.preactivation = static_cast<T*>(allocate(outputs * sizeof(T)));
-    if (params.argmax != nullptr) store.argmax = static_cast<uint8_t*>(allocate(outputs));
+    final.output = static_cast<T*>(allocate(outputs * sizeof(T)));
+    if (params.preactivation != nullptr) final.preactivation = static_cast<T*>(allocate(outputs * sizeof(T)));
+    if (params.argmax != nullptr) final.argmax = static_cast<uint8_t*>(allocate(outputs));
   }
-  const StoreOutput<T> final_store = store;
-  if (pooled && !fused) {
-    p.pool_tile = PoolTile::kNone;
-    store.output = static_cast<T*>(allocate(places * shape.filters * sizeof(T)));
-    store.preactivation = nullptr, store.argmax = nullptr;
-    store.activation = ConvActivation::kNone;
-  }
-  if (int error = launch_gemm<T>(p, params.tf32, small, store, stream)) return error;
-  if (pooled && !fused) {
-    PoolParams<T> pool{};
-    pool.conv = store.output;
-    pool.images = shape.images, pool.filters = shape.filters, pool.conv_h = shape.out_h, pool.conv_w = shape.out_w;
-    pool.pool = params.pool, pool.activation = params.activation;
-    pool.output = final_store.output, pool.preactivation = final_store.preactivation, pool.argmax = final_store.argmax;
+  Results<T> written{};
+  bool pooled = false;
+  if (int error = launch_conv(params, final, allocate, stream, written, pooled)) return error;
+  if (wants_pool && !pooled) {
+    const PoolParams<T> pool{written.output, shape.images,      shape.filters, shape.out_h,         shape.out_w,
+                             params.pool,    params.activation, final.output,  final.preactivation, final.argmax};
     if (int error = launch_pool(pool, stream)) return error;
   }
   if (params.channels_last) return 0;
-  auto spread = [&](const void* from, void* to, size_t element_bytes) {
-    if (to == nullptr) return 0;
-    return copy_tensor(dense_channels_last(from, shape.filters, out_h, out_w),
-                       dense_contiguous(to, shape.filters, out_h, out_w), shape.images, shape.filters, out_h, out_w,
-                       element_bytes, stream);
+  auto spread = [&](const auto* from, void* to) {
+    return copy_to_contiguous(from, to, shape.images, shape.filters, out_h, out_w, stream);
   };
-  if (int error = spread(final_store.output, params.output, sizeof(T))) return error;
-  if (int error = spread(final_store.preactivation, params.preactivation, sizeof(T))) return error;
-  return spread(final_store.argmax, params.argmax, 1);
-}
-
-template <class T>
-int conv_backward_input(const ConvBackwardInputParams& params, Stream stream, const Allocate& allocate) {
-  using namespace conv;
-  const ConvShape& shape = params.shape;
-  const int channels = shape.channels / shape.groups, filters = shape.filters / shape.groups;
-  ConvTensor grad = params.grad_conv;
-  if (int error = channels_contiguous(grad, shape.images, shape.filters, shape.out_h, shape.out_w, sizeof(T), stream,
-                                      allocate)) {
-    return error;
-  }
-  // The filters with input and output channels exchanged: groups x channels x R x S x filters.
-  const int64_t taps = int64_t{shape.kernel_h} * shape.kernel_w;
-  void* turned = allocate(shape.filters * channels * taps * sizeof(T));
-  const ConvTensor& weight = params.weight;
-  PermuteParams turn{};
-  turn.source = weight.data, turn.destination = turned;
-  turn.outer[0] = shape.groups, turn.source_outer[0] = filters * weight.image;
-  turn.destination_outer[0] = channels * taps * filters;
-  turn.outer[1] = shape.kernel_h, turn.source_outer[1] = weight.row;
-  turn.destination_outer[1] = int64_t{shape.kernel_w} * filters;
-  turn.outer[2] = shape.kernel_w, turn.source_outer[2] = weight.column, turn.destination_outer[2] = filters;
-  turn.rows = filters, turn.source_row = weight.image, turn.destination_row = 1;
-  turn.cols = channels, turn.source_col = weight.channel, turn.destination_col = taps * filters;
-  if (int error = launch_permute(turn, sizeof(T), stream)) return error;
-
-  GemmParams p{};
-  p.a = grad.data, p.a_image = grad.image, p.a_row = grad.row, p.a_pixel = grad.column;
-  p.b = turned, p.b_filter = taps * filters, p.b_row = int64_t{shape.kernel_w} * filters, p.b_tap = filters;
-  auto axis = [](int operand, int result, int stride, int padding, int dilation, int kernel) {
-    return AxisShape{operand, result, stride, padding, dilation, kernel, std::gcd(stride, dilation)};
-  };
-  p.height = axis(shape.out_h, shape.height, shape.stride_h, shape.padding_h, shape.dilation_h, shape.kernel_h);
-  p.width = axis(shape.out_w, shape.width, shape.stride_w, shape.padding_w, shape.dilation_w, shape.kernel_w);
-  p.transposed = true;
-  p.images = shape.images, p.groups = shape.groups, p.channels = filters, p.filters = channels;
-
-  const int64_t places = shape.images * shape.height * shape.width;
-  StoreOutput<T> store{};
-  store.output =
-      static_cast<T*>(params.channels_last ? params.grad_input : allocate(places * shape.channels * sizeof(T)));
-  store.row_filters = shape.channels;
-  store.vectors = channels % kVecElements<T> == 0;
-  if (int error = launch_gemm<T>(p, params.tf32, few_places(places, channels, shape.groups), store, stream))
-    return error;
-  if (params.channels_last) return 0;
-  return copy_tensor(dense_channels_last(store.output, shape.channels, shape.height, shape.width),
-                     dense_contiguous(params.grad_input, shape.channels, shape.height, shape.width), shape.images,
-                     shape.channels, shape.height, shape.width, sizeof(T), stream);
+  if (int error = spread(final.output, params.output)) return error;
+  if (int error = spread(final.preactivation, params.preactivation)) return error;
+  return spread(final.argmax, params.argmax);
 }
 
 template <class T>
@@ -319,13 +393,14 @@ int conv_backward_epilogue(const ConvBackwardEpilogueParams& params, Stream stre
   p.argument = params.activation == ConvActivation::kRelu ? params.output : params.preactivation;
   p.argmax = params.argmax;
   p.grad_conv = static_cast<T*>(params.grad_conv);
-  auto gather = [&](ConvTensor& tensor, size_t element_bytes) {
+  auto gather = [&](ConvTensor& tensor, auto element) {
     if (tensor.data == nullptr) return 0;
-    return channels_contiguous(tensor, params.images, params.filters, out_h, out_w, element_bytes, stream, allocate);
+    return channels_contiguous<decltype(element)>(tensor, params.images, params.filters, out_h, out_w, stream,
+                                                  allocate);
   };
-  if (int error = gather(p.grad_output, sizeof(T))) return error;
-  if (int error = gather(p.argument, sizeof(T))) return error;
-  if (int error = gather(p.argmax, 1)) return error;
+  if (int error = gather(p.grad_output, T{})) return error;
+  if (int error = gather(p.argument, T{})) return error;
+  if (int error = gather(p.argmax, uint8_t{})) return error;
   const bool vectors = p.filters % V == 0 && whole_vectors(p.grad_output, V, sizeof(T)) &&
                        whole_vectors(p.argument, V, sizeof(T)) && whole_vectors(p.argmax, V, 1);
   const int64_t elements = params.images * params.out_h * params.out_w * params.filters;
@@ -334,37 +409,61 @@ int conv_backward_epilogue(const ConvBackwardEpilogueParams& params, Stream stre
 }
 
 template <class T>
+int conv_backward_input(const ConvBackwardInputParams& params, Stream stream, const Allocate& allocate) {
+  using namespace conv;
+  const ConvShape& shape = params.shape;
+  ConvTensor grad = params.grad_conv, weight = params.weight;
+  if (int error =
+          channels_contiguous<T>(grad, shape.images, shape.filters, shape.out_h, shape.out_w, stream, allocate)) {
+    return error;
+  }
+  const int64_t places = shape.images * shape.height * shape.width;
+  T* const result =
+      static_cast<T*>(params.channels_last ? params.grad_input : allocate(places * shape.channels * sizeof(T)));
+  if (is_depthwise(shape)) {
+    if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
+    DepthwiseParams<T> p = depthwise_params<T>(shape, true, grad, weight);
+    p.output = result;
+    if (int error = launch_depthwise(p, stream)) return error;
+  } else {
+    if (int error = exchange_channels<T>(weight, shape, stream, allocate)) return error;
+    const GemmParams p = gemm_params(shape, true, grad, weight);
+    StoreOutput<T> store{};
+    store.output = result;
+    store.row_filters = shape.channels;
+    store.vectors = p.filters % kVecElements<T> == 0;
+    if (int error = launch_gemm<T>(p, params.tf32, wants_small_tile<T>(p), store, stream)) return error;
+  }
+  if (params.channels_last) return 0;
+  return copy_to_contiguous(result, params.grad_input, shape.images, shape.channels, shape.height, shape.width, stream);
+}
+
+template <class T>
 int conv_backward_weight(const ConvBackwardWeightParams& params, Stream stream, const Allocate& allocate) {
   using namespace conv;
   const ConvShape& shape = params.shape;
-  const int channels = shape.channels / shape.groups, filters = shape.filters / shape.groups;
+  const int channels = shape.channels / shape.groups, taps = shape.kernel_h * shape.kernel_w;
   ConvTensor grad = params.grad_conv, input = params.input;
-  if (int error = channels_contiguous(grad, shape.images, shape.filters, shape.out_h, shape.out_w, sizeof(T), stream,
-                                      allocate)) {
+  if (int error =
+          channels_contiguous<T>(grad, shape.images, shape.filters, shape.out_h, shape.out_w, stream, allocate)) {
     return error;
   }
-  if (int error = channels_contiguous(input, shape.images, shape.channels, shape.height, shape.width, sizeof(T), stream,
-                                      allocate)) {
+  if (int error =
+          channels_contiguous<T>(input, shape.images, shape.channels, shape.height, shape.width, stream, allocate)) {
     return error;
   }
-  WeightParams p{};
-  p.grad = grad.data, p.grad_image = grad.image, p.grad_row = grad.row, p.grad_pixel = grad.column;
-  p.input = input.data, p.input_image = input.image, p.input_row = input.row, p.input_pixel = input.column;
-  p.places = shape.images * shape.out_h * shape.out_w;
-  p.out_h = shape.out_h, p.out_w = shape.out_w, p.height = shape.height, p.width = shape.width;
-  p.stride_h = shape.stride_h, p.stride_w = shape.stride_w;
-  p.padding_h = shape.padding_h, p.padding_w = shape.padding_w;
-  p.dilation_h = shape.dilation_h, p.dilation_w = shape.dilation_w;
-  p.kernel_h = shape.kernel_h, p.kernel_w = shape.kernel_w;
-  p.groups = shape.groups, p.channels = channels, p.filters = filters;
-  plan_parts(p, TileWeight<T>::kM, TileWeight<T>::kN);
-  const int taps = shape.kernel_h * shape.kernel_w;
+  WeightParams p = weight_params(shape, grad, input);
+  const bool depthwise = is_depthwise(shape);
+  const DepthwiseWeightGrid grid = plan_depthwise_weight<T>(p);
+  p.tiles_m = ceil_div(p.filters, TileWeight<T>::kM), p.tiles_n = ceil_div(taps * channels, TileWeight<T>::kN);
+  plan_parts(p, depthwise ? grid.blocks : int64_t{p.groups} * p.tiles_m * p.tiles_n);
   const int64_t weights = int64_t{shape.filters} * taps * channels;
   p.sums = static_cast<float*>(allocate(p.parts * weights * sizeof(float)));
   if (params.grad_bias != nullptr) {
     p.bias_sums = static_cast<float*>(allocate(p.parts * shape.filters * sizeof(float)));
   }
-  if (int error = launch_weight<T>(p, params.tf32, stream)) return error;
+  const int failed = depthwise ? launch_depthwise_weight<T>(p, grid, stream) : launch_weight<T>(p, params.tf32, stream);
+  if (failed) return failed;
 
   SumParams<T> sum{p.sums, p.parts, weights, taps, channels, static_cast<T*>(params.grad_weight)};
   sum.out_filter = int64_t{taps} * channels;

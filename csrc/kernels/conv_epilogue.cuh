@@ -47,6 +47,13 @@ __device__ __forceinline__ float activation_slope(float x, ConvActivation activa
   }
 }
 
+template <class T, int V>
+__device__ __forceinline__ void load_floats(const T* p, float (&values)[V]) {
+  const Vec<T, V> loaded = load_vec<T, V>(p);
+#pragma unroll
+  for (int j = 0; j < V; j++) values[j] = to_float(loaded.v[j]);
+}
+
 // The first `count` of V values, at once where they are all there and aligned.
 template <class T, int V>
 __device__ __forceinline__ void store_some(T* p, const Vec<T, V>& values, int count, bool whole) {

@@ -49,19 +49,15 @@ __device__ __forceinline__ Axis forward_axis(const AxisShape& shape) {
 }
 
 __device__ __forceinline__ Axis transposed_axis(const AxisShape& shape, int parity) {
-  const int tap_step = shape.stride / shape.common;
+  const int every = shape.stride / shape.common;
   int tap = 0;
-  while (tap < tap_step && (parity + shape.padding - tap * shape.dilation) % shape.stride != 0) tap++;
-  const bool any = tap < tap_step && tap < shape.taps;
-  return {parity < shape.result ? (shape.result - parity - 1) / shape.stride + 1 : 0,
-          1,
-          any ? (parity + shape.padding - tap * shape.dilation) / shape.stride : 0,
-          -(shape.dilation / shape.common),
-          any ? (shape.taps - tap - 1) / tap_step + 1 : 0,
-          tap,
-          tap_step,
-          parity,
-          shape.stride};
+  while (tap < every && (parity + shape.padding - tap * shape.dilation) % shape.stride != 0) tap++;
+  const int places = parity < shape.result ? (shape.result - parity - 1) / shape.stride + 1 : 0;
+  if (tap >= every || tap >= shape.taps) return {places, 1, 0, 1, 0, 0, 1, parity, shape.stride};
+  // The last tap first, so that the operand's places ascend.
+  const int taps = (shape.taps - tap - 1) / every + 1, step = shape.dilation / shape.common;
+  const int origin = (parity + shape.padding - tap * shape.dilation) / shape.stride - (taps - 1) * step;
+  return {places, 1, origin, step, taps, tap + (taps - 1) * every, -every, parity, shape.stride};
 }
 
 // How a tile's rows lie on the output when it is pooled in the epilogue.

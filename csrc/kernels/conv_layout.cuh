@@ -2,6 +2,8 @@
 // the destination written by them, through 32 x 32 tiles of shared memory. Floor: every element read and written once.
 #pragma once
 
+#include "kernels/conv.h"
+
 #include "device/device.cuh"
 
 #include <cstdint>
@@ -10,6 +12,10 @@ namespace bigkern {
 namespace conv {
 
 constexpr int kPermuteTile = 32, kPermuteRows = 8;
+
+// What copies elements of T: their bits.
+template <class T>
+using Bits = typename bigkern::detail::Word<sizeof(T)>::type;
 
 // Lengths and strides, in elements, of five axes: three outer ones, rows (contiguous in the destination) and columns
 // (contiguous in the source, as a rule).
@@ -63,14 +69,19 @@ __global__ void __launch_bounds__(conv::kPermuteTile* conv::kPermuteRows)
 
 namespace conv {
 
-inline int launch_permute(PermuteParams p, size_t element_bytes, Stream stream) {
+template <class Word>
+int launch_permute(PermuteParams p, Stream stream) {
   p.tiles_rows = ceil_div<int64_t>(p.rows, kPermuteTile);
   p.tiles_cols = ceil_div<int64_t>(p.cols, kPermuteTile);
   const int64_t blocks = p.tiles_rows * p.tiles_cols * p.outer[0] * p.outer[1] * p.outer[2];
   const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(kPermuteTile * kPermuteRows), 0, stream};
-  if (element_bytes == 1) return launch(conv_permute_kernel<uint8_t>, config, p);
-  if (element_bytes == 2) return launch(conv_permute_kernel<uint16_t>, config, p);
-  return launch(conv_permute_kernel<uint32_t>, config, p);
+  return launch(conv_permute_kernel<Word>, config, p);
+}
+
+// Whether vectors of `count` channels are aligned in every place; an absent tensor is.
+inline bool whole_vectors(const ConvTensor& tensor, int count, size_t element_bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % (count * element_bytes) == 0 && tensor.image % count == 0 &&
+         tensor.row % count == 0 && tensor.column % count == 0;
 }
 
 }  // namespace conv

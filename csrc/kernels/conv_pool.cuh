@@ -54,13 +54,6 @@ struct Element {
   }
 };
 
-template <class T, int V>
-__device__ __forceinline__ void load_floats(const T* p, float (&values)[V]) {
-  const Vec<T, V> loaded = load_vec<T, V>(p);
-#pragma unroll
-  for (int j = 0; j < V; j++) values[j] = to_float(loaded.v[j]);
-}
-
 }  // namespace conv
 
 template <class T, int V>

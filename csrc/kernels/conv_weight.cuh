@@ -13,6 +13,8 @@
 
 #include "kernels/conv_gemm.cuh"
 
+#include <algorithm>
+
 namespace bigkern {
 namespace conv {
 
@@ -39,25 +41,25 @@ struct PlaceStart {
   bool valid;
 };
 
-// A thread's place, moved by kStep without division.
-template <int kStep>
+// A thread's place, moved by a step without division.
 class PlaceWalk {
  public:
-  __device__ __forceinline__ PlaceWalk(const WeightParams& p, int64_t place, int64_t end) : place_(place), end_(end) {
+  __device__ __forceinline__ PlaceWalk(const WeightParams& p, int64_t place, int64_t end, int step)
+      : place_(place), end_(end), step_(step) {
     const int64_t line = place / p.out_w;
     w_ = static_cast<int>(place - line * p.out_w);
     image_ = line / p.out_h;
     h_ = static_cast<int>(line - image_ * p.out_h);
-    step_w_ = kStep % p.out_w;
-    step_h_ = kStep / p.out_w % p.out_h;
-    step_image_ = kStep / p.out_w / p.out_h;
+    step_w_ = step % p.out_w;
+    step_h_ = step / p.out_w % p.out_h;
+    step_image_ = step / p.out_w / p.out_h;
   }
 
   __device__ __forceinline__ PlaceStart next(const WeightParams& p) {
     const int h = h_ * p.stride_h - p.padding_h, w = w_ * p.stride_w - p.padding_w;
     const PlaceStart start = {image_ * p.grad_image + h_ * p.grad_row + w_ * p.grad_pixel,
                               image_ * p.input_image + h * p.input_row + w * p.input_pixel, h, w, place_ < end_};
-    place_ += kStep;
+    place_ += step_;
     w_ += step_w_;
     h_ += step_h_;
     image_ += step_image_;
@@ -74,7 +76,7 @@ class PlaceWalk {
 
  private:
   int64_t place_, end_, image_;
-  int w_, h_, step_w_, step_h_, step_image_;
+  int w_, h_, step_, step_w_, step_h_, step_image_;
 };
 
 struct WeightTile {
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) conv_backward_weight_kerne
   const int64_t begin = tile.part * p.part_places;
   const int64_t end = begin + p.part_places < p.places ? begin + p.part_places : p.places;
   const int steps = static_cast<int>(ceil_div<int64_t>(end - begin, Shape::kK));
-  PlaceWalk<Shape::kK> walk(p, begin + threadIdx.x, end);
+  PlaceWalk walk(p, begin + threadIdx.x, end, Shape::kK);
   const bool locates = threadIdx.x < Shape::kK;
 #pragma unroll
   for (int i = 0; i < kStages; i++) {
@@ -348,13 +350,10 @@ int launch_weight_tile(const WeightParams& p, Stream stream) {
   return launch(conv_backward_weight_kernel<T, Shape, Product, Loader>, config, p);
 }
 
-// Parts of the places: about two waves of blocks, but no part below 256 places, which is where reading them costs as
-// much as the 8 bytes a weight that a part adds.
-inline void plan_parts(WeightParams& p, int tile_m, int tile_n) {
-  p.tiles_m = ceil_div(p.filters, tile_m);
-  p.tiles_n = ceil_div(p.kernel_h * p.kernel_w * p.channels, tile_n);
-  const int64_t tiles = int64_t{p.groups} * p.tiles_m * p.tiles_n;
-  const int64_t wanted = ceil_div<int64_t>(4 * multiprocessor_count(), tiles);
+// Parts of the places, where one part takes so many blocks: about two waves of blocks, but no part below 256 places,
+// which is where reading them costs as much as the 8 bytes a weight that a part adds.
+inline void plan_parts(WeightParams& p, int64_t blocks) {
+  const int64_t wanted = ceil_div<int64_t>(4 * multiprocessor_count(), blocks);
   p.parts = std::max<int64_t>(1, std::min(wanted, p.places / 256));
   p.part_places = ceil_div(p.places, p.parts);
   p.parts = ceil_div(p.places, p.part_places);

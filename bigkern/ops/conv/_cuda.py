@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops import _extension
-from bigkern.ops.conv import _schema  # noqa: F401  (declares the ops that the extension implements)
+from bigkern.ops.conv import _schema
 
 # At import, not at the first call: torch.compile may be tracing that call.
 _extension.load()
@@ -34,8 +34,8 @@ def unsupported(
             return f"{name} is {tensor.dtype} and input {input.dtype}; the CUDA kernels take tensors of one dtype"
     if max_pool and max_pool[0] * max_pool[1] > _schema.MAX_POOL_WINDOW:
         return (
-            f"max_pool has windows of {max_pool[0]} x {max_pool[1]} places; the CUDA kernels keep the maximum's place in "
-            f"a byte, for at most {_schema.MAX_POOL_WINDOW}"
+            f"max_pool has windows of {max_pool[0]} x {max_pool[1]} places; the CUDA kernels keep the place in a "
+            f"byte, for at most {_schema.MAX_POOL_WINDOW}"
         )
     return None
 
