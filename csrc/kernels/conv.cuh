@@ -205,7 +205,8 @@ bool wants_small_tile(const GemmParams& p) {
   return whole_chunks<T>(p) && tiles * ceil_div(p.filters, 64) * p.groups < multiprocessor_count();
 }
 
-// The largest tile whose blocks fill the GPU once, and that has no columns to spare.
+// The largest tile whose blocks fill the GPU once, and that has no columns to spare. With 64 sums a thread, fp32 and
+// its conversions to TF32 would not fit 128 registers.
 template <class T, class Product, class Epilogue>
 int launch_gemm(const GemmParams& p, bool small, const Epilogue& epilogue, Stream stream) {
   const int classes = p.transposed ? p.height.stride * p.width.stride : 1;
@@ -213,9 +214,11 @@ int launch_gemm(const GemmParams& p, bool small, const Epilogue& epilogue, Strea
     return launch_gemm_tile<T, TileMedium<T>, Product, ElementLoader>(p, classes, epilogue, stream);
   }
   if (small) return launch_gemm_tile<T, TileSmall<T>, Product, ChunkLoader>(p, classes, epilogue, stream);
-  const int64_t tiles = p.images * p.height.result * p.width.result / kTileRows * ceil_div(p.filters, 128) * p.groups;
-  if (p.filters > 64 && tiles >= multiprocessor_count()) {
-    return launch_gemm_tile<T, TileLarge<T>, Product, ChunkLoader>(p, classes, epilogue, stream);
+  if constexpr (sizeof(T) == 2) {
+    const int64_t tiles = p.images * p.height.result * p.width.result / kTileRows * ceil_div(p.filters, 128) * p.groups;
+    if (p.filters > 64 && tiles >= multiprocessor_count()) {
+      return launch_gemm_tile<T, TileLarge<T>, Product, ChunkLoader>(p, classes, epilogue, stream);
+    }
   }
   return launch_gemm_tile<T, TileMedium<T>, Product, ChunkLoader>(p, classes, epilogue, stream);
 }

@@ -2,8 +2,8 @@
 // thread has V neighbouring channels of a strip of the output and holds its sums and the rows under it in registers.
 //
 //   forward and input gradient (axes as in conv_gemm.cuh): strips of kRows x 4 places. An input row is loaded once for
-//     the kRows rows of the strip and their taps; what strips share comes from the caches. With 3 x 3 taps a place costs
-//     4.5 loads in strips of one row, 3 in strips of two.
+//     the kRows rows of the strip and their taps; what strips share comes from the caches. With 3 x 3 taps a place
+//     costs 4.5 loads in strips of one row, 3 in strips of two.
 //   weight gradient: a thread adds up 3 x 3 taps over its places, a block its threads, conv_sum_parts_kernel the parts,
 //     each in a fixed order.
 //

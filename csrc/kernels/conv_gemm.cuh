@@ -362,6 +362,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
   BK_SHARED(int64_t, places, [Shape::kM]);
 
   const TilePlace tile(p);
+  // The parities of a transposed axis differ in places; some may have none.
+  if (p.transposed && tile.m * Shape::kM >= p.images * tile.height.places * tile.width.places) return;
   for (int row = threadIdx.x; row < Shape::kM; row += Shape::kThreads) {
     const Place place = locate<Shape>(p, tile, row);
     const int h = place.h * tile.height.stride + tile.height.origin;

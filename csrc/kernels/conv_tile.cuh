@@ -196,7 +196,7 @@ struct Accumulators<T, Shape, FusedMultiplyAdd> {
   }
 
   __device__ __forceinline__ void add_k_major(const float* a, const float* b) {
-#pragma unroll
+#pragma unroll 1
     for (int chunk = 0; chunk < 4; chunk++) {
       float4 a_part[kRows];
 #pragma unroll
@@ -206,11 +206,10 @@ struct Accumulators<T, Shape, FusedMultiplyAdd> {
         const float4 b_part = *reinterpret_cast<const float4*>(k_major(b, col(j), chunk));
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
-          float sum = values[i][j];
-          sum = fmaf(a_part[i].x, b_part.x, sum);
+          float sum = a_part[i].x * b_part.x;
           sum = fmaf(a_part[i].y, b_part.y, sum);
           sum = fmaf(a_part[i].z, b_part.z, sum);
-          values[i][j] = fmaf(a_part[i].w, b_part.w, sum);
+          values[i][j] += fmaf(a_part[i].w, b_part.w, sum);
         }
       }
     }
@@ -218,22 +217,34 @@ struct Accumulators<T, Shape, FusedMultiplyAdd> {
 
   __device__ __forceinline__ void add_mn_major(const float* a, const float* b) {
     static_assert(kRows % 4 == 0 && kCols % 4 == 0, "whole chunks");
-#pragma unroll 4
-    for (int k = 0; k < Shape::kK; k++) {
-      float4 a_part[kRows / 4], b_part[kCols / 4];
+#pragma unroll 1
+    for (int k = 0; k < Shape::kK; k += 4) {
+      float4 b_part[4][kCols / 4];
 #pragma unroll
-      for (int i = 0; i < kRows / 4; i++) {
-        a_part[i] = *reinterpret_cast<const float4*>(mn_major<Shape::kM>(a, k, row(4 * i) / 4));
+      for (int e = 0; e < 4; e++) {
+#pragma unroll
+        for (int j = 0; j < kCols / 4; j++) {
+          b_part[e][j] = *reinterpret_cast<const float4*>(mn_major<Shape::kN>(b, k + e, col(4 * j) / 4));
+        }
       }
 #pragma unroll
-      for (int j = 0; j < kCols / 4; j++) {
-        b_part[j] = *reinterpret_cast<const float4*>(mn_major<Shape::kN>(b, k, col(4 * j) / 4));
-      }
+      for (int i = 0; i < kRows; i += 4) {
+        float4 a_part[4];
 #pragma unroll
-      for (int i = 0; i < kRows; i++) {
+        for (int e = 0; e < 4; e++) {
+          a_part[e] = *reinterpret_cast<const float4*>(mn_major<Shape::kM>(a, k + e, row(i) / 4));
+        }
 #pragma unroll
-        for (int j = 0; j < kCols; j++) {
-          values[i][j] = fmaf(component(a_part[i / 4], i % 4), component(b_part[j / 4], j % 4), values[i][j]);
+        for (int r = 0; r < 4; r++) {
+#pragma unroll
+          for (int j = 0; j < kCols; j++) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              sum = fmaf(component(a_part[e], r), component(b_part[e][j / 4], j % 4), sum);
+            }
+            values[i + r][j] += sum;
+          }
         }
       }
     }
