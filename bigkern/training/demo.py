@@ -190,7 +190,8 @@ def main(args: argparse.Namespace) -> int:
         "Accuracy is on held-out data; majority is what always giving the most frequent answer would reach. Of the "
         "autoencoders and of MLP Net it is the share of the variance that is explained, and of always giving the mean. "
         "Speeds are samples a second, of training steps and of inference. Each model stands beside its twin, built of "
-        "torch.nn alone with the same weights; difference is the largest between any of their outputs on the held-out data.\n"
+        "torch.nn alone with the same weights; difference is the largest between any of their outputs on the held-out "
+        "data.\n"
         f"{time.monotonic() - start:.0f} s in all."
     )
     if args.json:

@@ -147,6 +147,12 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return tuple(x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 2, 3))
 
 
+def _units(x: Tensor, align: int) -> tuple[int, int, int, int]:
+    """The strides of images, channels, rows and columns; all but the channels' in units of ``align``."""
+    images, rows, columns = (stride // align for stride in _strides(x))
+    return images, x.stride(1), rows, columns
+
+
 def _is_long(count: int, block: int) -> bool:
     return count + block >= 2**31
 
@@ -174,7 +180,7 @@ def _launch_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    activation: int,
+    activation: str | None,
     pool: Sequence[int],
     tf32: bool,
     channels_last: bool,
@@ -186,20 +192,24 @@ def _launch_conv(
     # In memory (K, R, S, C / groups).
     weight = weight.contiguous(memory_format=torch.channels_last)
     strides = _strides(source)
-    align, out_align = support.alignment(reds, *strides), support.alignment(outs)
+    channelwise = _is_channelwise(groups, reds, outs)
+    red_width, out_width = (groups * reds, groups * outs) if channelwise else (reds, outs)
+    align, out_align = support.alignment(red_width, *strides), support.alignment(out_width)
     count = source.shape[0] * grid_size[0] * grid_size[1]
     half = source.dtype != torch.float32
-    if _is_channelwise(groups, reds, outs):
-        traversal, rows, cols, block, warps, stages = kernels.CHANNELWISE, 32, _tile(groups * outs, 64), 16, 4, 1
-        col_tiles = _ceil_div(groups * outs, cols)
+    if channelwise:
+        traversal, rows, cols, block, warps, stages = "channelwise", 16, _tile(out_width, 64), 16, 4, 1
+        col_tiles = _ceil_div(out_width, cols)
     else:
-        cols = _tile(outs, 128 if half else 64)
+        # The maximum so far, where it was and what it came from take registers beside the sums.
+        wide = half and pool == _NO_POOL
+        cols = _tile(outs, 128 if wide else 64)
         col_tiles = groups * _ceil_div(outs, cols)
-        rows = 128 if half and _ceil_div(count, 128) * col_tiles >= support.multiprocessors(source.device) else 64
+        rows = 128 if wide and _ceil_div(count, 128) * col_tiles >= support.multiprocessors(source.device) else 64
         if reds < _MIN_TAP_CHANNELS:
-            traversal, block = kernels.FLAT, 32
+            traversal, block = "flat", 32
         else:
-            traversal, block = kernels.TAPS, 64 if half and reds >= 64 else 32
+            traversal, block = "taps", 64 if half and reds >= 64 else 32
         warps, stages = 8 if rows * cols > 8192 else 4, 3
     classes = stride[0] * stride[1] if transposed else 1
     kernels.conv_kernel[(_ceil_div(count, rows) * col_tiles, classes)](
@@ -212,8 +222,8 @@ def _launch_conv(
         *grid_size,
         *conv_size,
         *source.shape[2:],
-        reds // align,
-        outs // out_align,
+        red_width // align,
+        out_width // out_align,
         groups,
         *weight.shape[2:],
         *step,
@@ -226,6 +236,8 @@ def _launch_conv(
         ACTIVATION=activation,
         TRANSPOSED=transposed,
         TRAVERSAL=traversal,
+        GROUP_REDS=reds if channelwise else None,
+        GROUP_OUTS=outs if channelwise else None,
         PRECISION=_precision(source, tf32),
         CHANNELS_LAST=channels_last,
         ALIGN=align,
@@ -242,12 +254,12 @@ def _launch_conv(
 def _forward(
     input, weight, bias, stride, padding, dilation, groups, activation, max_pool, tf32, channels_last, need_backward
 ):
-    images, channels = input.shape[0], weight.shape[0]
+    images, channels, activation = input.shape[0], weight.shape[0], _schema.ACTIVATIONS[activation]
     size = _schema.conv_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (images, channels, *_schema.pooled_size(size, max_pool))
     output = _schema.new_tensor(input, shape, channels_last)
     preactivation = argmax = None
-    if need_backward and _schema.ACTIVATIONS[activation] not in (None, "relu"):
+    if need_backward and activation not in (None, "relu"):
         preactivation = _schema.new_tensor(input, shape, channels_last)
     if need_backward and max_pool:
         argmax = _schema.new_tensor(input, shape, channels_last, torch.uint8)
@@ -273,7 +285,7 @@ def _forward(
             padding,
             dilation,
             groups,
-            0 if overlapping else activation,
+            None if overlapping else activation,
             _NO_POOL if overlapping else pool,
             tf32,
             overlapping or channels_last,
@@ -281,16 +293,18 @@ def _forward(
         )
         if overlapping:
             count, rows, cols = output.numel() // channels, 32, _tile(channels, 64)
+            align = support.alignment(channels)
             _kernels().conv_pool_kernel[(_ceil_div(count, rows), _ceil_div(channels, cols))](
                 conv,
                 *results,
                 count,
-                channels,
+                channels // align,
                 *shape[2:],
                 *size,
                 *pool,
                 ACTIVATION=activation,
                 CHANNELS_LAST=channels_last,
+                ALIGN=align,
                 LONG=_is_long(count, rows),
                 ROWS=rows,
                 COLS=cols,
@@ -305,13 +319,17 @@ def _forward(
 
 def _backward_epilogue(grad_output, output, preactivation, argmax, conv_size, activation, max_pool):
     images, channels, *size = grad_output.shape
+    activation = _schema.ACTIVATIONS[activation]
     grad_conv = _schema.new_tensor(grad_output, (images, channels, *conv_size), True)
-    kept = {None: None, "relu": output}.get(_schema.ACTIVATIONS[activation], preactivation)
+    kept = {None: None, "relu": output}.get(activation, preactivation)
     if not max_pool:
         argmax = None
     elif kept is not None and kept.stride() != argmax.stride():
         kept, argmax = (x.contiguous(memory_format=torch.channels_last) for x in (kept, argmax))
-    strides = (argmax if kept is None else kept).stride()
+    kept_like = argmax if kept is None else kept
+    align = 1
+    if grad_output.stride(1) == kept_like.stride(1) == 1:
+        align = support.alignment(channels, *_strides(grad_output), *_strides(kept_like))
     count, rows, cols = images * conv_size[0] * conv_size[1], 32, _tile(channels, 64)
     with support.device_guard(grad_output.device):
         _kernels().conv_backward_epilogue_kernel[(_ceil_div(count, rows), _ceil_div(channels, cols))](
@@ -320,13 +338,14 @@ def _backward_epilogue(grad_output, output, preactivation, argmax, conv_size, ac
             argmax,
             grad_conv,
             count,
-            channels,
+            channels // align,
             *size,
             *conv_size,
-            *grad_output.stride(),
-            *strides,
+            *_units(grad_output, align),
+            *_units(kept_like, align),
             *(max_pool or _NO_POOL),
             ACTIVATION=activation,
+            ALIGN=align,
             LONG=_is_long(count, rows),
             ROWS=rows,
             COLS=cols,
@@ -357,7 +376,7 @@ def _backward_input(grad_conv, weight, input_size, stride, padding, dilation, gr
             padding,
             dilation,
             groups,
-            0,
+            None,
             _NO_POOL,
             tf32,
             channels_last,
@@ -374,10 +393,11 @@ def _backward_weight(grad_conv, input, kernel_size, stride, padding, dilation, g
     grad_bias = input.new_empty((channels,) if need_bias else (0,))
     grad_conv, input = _readable(grad_conv), _readable(input)
     grad_strides, strides = _strides(grad_conv), _strides(input)
-    align, out_align = support.alignment(reds, *strides), support.alignment(outs, *grad_strides)
+    channelwise = _is_channelwise(groups, reds, outs)
+    red_width, out_width = (groups * reds, channels) if channelwise else (reds, outs)
+    align, out_align = support.alignment(red_width, *strides), support.alignment(out_width, *grad_strides)
 
     count = images * conv_size[0] * conv_size[1]
-    channelwise = _is_channelwise(groups, reds, outs)
     if channelwise:
         rows, cols, block = _tile(channels, 32), 1, 64
         tiles = _ceil_div(channels, rows) * taps * reds
@@ -401,8 +421,8 @@ def _backward_weight(grad_conv, input, kernel_size, stride, padding, dilation, g
             span,
             *conv_size,
             *input.shape[2:],
-            reds // align,
-            outs // out_align,
+            red_width // align,
+            out_width // out_align,
             groups,
             *kernel_size,
             *stride,
@@ -410,7 +430,9 @@ def _backward_weight(grad_conv, input, kernel_size, stride, padding, dilation, g
             *dilation,
             *(s // out_align for s in grad_strides),
             *(s // align for s in strides),
-            CHANNEL_BY_CHANNEL=channelwise,
+            CHANNELWISE=channelwise,
+            GROUP_REDS=reds if channelwise else None,
+            GROUP_OUTS=outs if channelwise else None,
             PRECISION=_precision(input, tf32),
             ALIGN=align,
             OUT_ALIGN=out_align,

@@ -15,9 +15,9 @@ them.  No multiplication by a hole between the pixels is done.  Both have the fo
 
 and differ in these numbers only.  The sum is traversed in one of three ways:
 
-* by taps: a block of channels of one tap at a time;
-* flat: taps and channels as one index, where channels are few (the first layer of a network);
-* channel by channel, without tensor cores, where groups are so small that a tile would be mostly empty (depthwise).
+* "taps": a block of channels of one tap at a time;
+* "flat": taps and channels as one index, where channels are few (the first layer of a network);
+* "channelwise": without tensor cores, where groups are so small that a tile would be mostly empty (depthwise).
 
 The source is channels_last, with any strides between images, rows and columns; weights are (K, R, S, C / groups) in
 memory; results are contiguous in either format.  Widths and strides come in units of ALIGN elements
@@ -28,16 +28,6 @@ are more than 2^31 of them (LONG).  Sums are fp32, products of fp32 are fp32 or 
 import triton
 import triton.language as tl
 
-TAPS = tl.constexpr(0)
-FLAT = tl.constexpr(1)
-CHANNELWISE = tl.constexpr(2)
-
-# Indices into _schema.ACTIVATIONS.
-_RELU = tl.constexpr(1)
-_GELU = tl.constexpr(2)
-_GELU_TANH = tl.constexpr(3)
-_SILU = tl.constexpr(4)
-
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -47,15 +37,15 @@ _THRICE_TANH_CUBIC = tl.constexpr(0.134145)
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == _RELU:
+    if ACTIVATION == "relu":
         # Not maximum, which on a GPU turns NaN into 0.
         x = tl.where(x <= 0.0, 0.0, x)
-    elif ACTIVATION == _GELU:
+    elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
-    elif ACTIVATION == _GELU_TANH:
+    elif ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh u) = sigmoid(2 u)
         x = x * tl.sigmoid((x + x * x * x * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI)
-    elif ACTIVATION == _SILU:
+    elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
     return x
 
@@ -63,11 +53,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _derivative(x, ACTIVATION: tl.constexpr):
     """The activation's derivative at what it was given; for relu at what it gave."""
-    if ACTIVATION == _RELU:
+    if ACTIVATION == "relu":
         slope = tl.where(x <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == _GELU:
+    elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + x * _INV_SQRT_2PI * tl.exp(-0.5 * x * x)
-    elif ACTIVATION == _GELU_TANH:
+    elif ACTIVATION == "gelu_tanh":
         # 1 - sigmoid(u) is sigmoid(-u), which keeps its digits where u is large.
         argument = (x + x * x * x * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI
         share = tl.sigmoid(argument)
@@ -125,13 +115,13 @@ def _convolve(
     weight_row: elements of one output channel of the weight (R * S * channels of a group).
     """
     if TRANSPOSED:  # the weight's rows are the channels summed over
-        col_offset = group * (reds.to(tl.int64) * weight_row) + col
+        col_offset = group.to(tl.int64) * reds * weight_row + col
         channels = outs
     else:
-        col_offset = (group * outs.to(tl.int64) + col) * weight_row
+        col_offset = (group * outs + col) * weight_row
         channels = reds
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    if TRAVERSAL == CHANNELWISE:
+    if TRAVERSAL == "channelwise":
         for index in range(taps_r * taps_s * reds):
             tap = index // reds
             red = index - tap * reds
@@ -144,15 +134,15 @@ def _convolve(
             from_source = (source_base + shift)[:, None] + (group * reds + red)[None, :]
             values = tl.load(source + from_source, mask=inside[:, None] & col_inside[None, :], other=0.0)
             tap_offset = ((first_r + r * step_r) * kernel_s + first_s + s * step_s) * channels
-            from_weight = col_offset + tap_offset + red.to(tl.int64) * (weight_row if TRANSPOSED else 1)
+            from_weight = col_offset + tap_offset + red * (weight_row if TRANSPOSED else 1)
             factors = tl.load(weight + from_weight, mask=col_inside, other=0.0)
             acc += values.to(tl.float32) * factors[None, :].to(tl.float32)
     else:
         blocks = tl.cdiv(reds, BLOCK)
-        steps = taps_r * taps_s * blocks if TRAVERSAL == TAPS else tl.cdiv(taps_r * taps_s * reds, BLOCK)
+        steps = taps_r * taps_s * blocks if TRAVERSAL == "taps" else tl.cdiv(taps_r * taps_s * reds, BLOCK)
         for index in tl.range(0, steps, num_stages=STAGES):
             lane = tl.arange(0, BLOCK)
-            if TRAVERSAL == TAPS:
+            if TRAVERSAL == "taps":
                 tap = index // blocks
                 red = (index - tap * blocks) * BLOCK + lane
                 red_inside = red < reds
@@ -162,7 +152,7 @@ def _convolve(
                 red_inside = tap < taps_r * taps_s
             r = tap // taps_s
             s = tap - r * taps_s
-            if TRAVERSAL == TAPS:
+            if TRAVERSAL == "taps":
                 y = (base_y + r * delta_y)[:, None]
                 x = (base_x + s * delta_x)[:, None]
             else:
@@ -208,7 +198,7 @@ def conv_kernel(
     height,
     width,
     red_units,  # of ALIGN
-    out_units,  # of OUT_ALIGN
+    out_units,  # of OUT_ALIGN; of all groups together when channelwise
     groups,
     kernel_r,
     kernel_s,
@@ -234,6 +224,8 @@ def conv_kernel(
     ACTIVATION: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TRAVERSAL: tl.constexpr,
+    GROUP_REDS: tl.constexpr,  # reds and outs when channelwise
+    GROUP_OUTS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -249,16 +241,20 @@ def conv_kernel(
     Where it pools (POOL_H * POOL_W > 1), a row is a window: its places are convolved one after another, and the
     largest value is kept, so that what is pooled away is never written.
     """
-    reds = red_units * ALIGN
-    outs = out_units * OUT_ALIGN
-    if TRAVERSAL == CHANNELWISE:
-        col_tiles = tl.cdiv(groups * outs, COLS)
+    if TRAVERSAL == "channelwise":
+        reds = GROUP_REDS
+        outs = GROUP_OUTS
+        channels = out_units * OUT_ALIGN
+        col_tiles = tl.cdiv(channels, COLS)
         tile_col = tl.program_id(0) % col_tiles
         channel = (tile_col * COLS + tl.arange(0, COLS)).to(tl.int64)
         group = channel // outs
         col = channel - group * outs
-        col_inside = channel < groups * outs
+        col_inside = channel < channels
     else:
+        reds = red_units * ALIGN
+        outs = out_units * OUT_ALIGN
+        channels = groups * outs
         group_tiles = tl.cdiv(outs, COLS)
         col_tiles = groups * group_tiles
         tile_col = tl.program_id(0) % col_tiles
@@ -301,7 +297,8 @@ def conv_kernel(
 
     best = tl.full((ROWS, COLS), float("-inf"), tl.float32)
     best_given = tl.zeros((ROWS, COLS), tl.float32)
-    best_place = tl.full((ROWS, COLS), -1, tl.int32)
+    # A window of one place is pooling too, if its stride is larger.
+    best_place = tl.full((ROWS, COLS), -1 if POOL_H * POOL_W > 1 else 0, tl.int32)
     for place in range(POOL_H * POOL_W):
         conv_y = y * POOL_STRIDE_Y - POOL_PADDING_Y + place // POOL_W
         conv_x = x * POOL_STRIDE_X - POOL_PADDING_X + place % POOL_W
@@ -333,7 +330,7 @@ def conv_kernel(
 
     offset = _place(
         image[:, None], result_y[:, None], result_x[:, None], channel[None, :],
-        result_height, result_width, groups * outs, CHANNELS_LAST,
+        result_height, result_width, channels, CHANNELS_LAST,
     )  # fmt: skip
     tl.store(output + offset, best.to(output.dtype.element_ty), mask=inside)
     if preactivation is not None:
@@ -342,14 +339,14 @@ def conv_kernel(
         tl.store(argmax + offset, best_place.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "channels", "height", "width", "conv_height", "conv_width"])
+@triton.jit(do_not_specialize=["count", "channel_units", "height", "width", "conv_height", "conv_width"])
 def conv_pool_kernel(
     conv,  # N x conv_height x conv_width x channels, contiguous
     output,  # N x height x width x channels, contiguous in its format
     preactivation,  # the same, or None
     argmax,  # the same, uint8, or None
     count,  # N * height * width
-    channels,
+    channel_units,  # of ALIGN
     height,
     width,
     conv_height,
@@ -362,11 +359,13 @@ def conv_pool_kernel(
     POOL_PADDING_X: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     LONG: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Activation and maxima of a convolution in memory, where windows overlap."""
+    channels = channel_units * ALIGN
     first = tl.program_id(0).to(tl.int64) * ROWS
     image, y, x, row_inside = _pixels(first, count, height, width, ROWS, LONG)
     channel = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
@@ -393,14 +392,19 @@ def conv_pool_kernel(
         tl.store(argmax + offset, best_place.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "channels", "height", "width", "conv_height", "conv_width"])
+@triton.jit(
+    do_not_specialize=[
+        "count", "channel_units", "height", "width", "conv_height", "conv_width", "grad_stride_n", "grad_stride_y",
+        "grad_stride_x", "kept_stride_n", "kept_stride_y", "kept_stride_x",
+    ]
+)  # fmt: skip
 def conv_backward_epilogue_kernel(
-    grad_output,  # N x height x width x channels, with these strides
-    kept,  # relu: the output; else the preactivation; None without activation.  Strides of its own
+    grad_output,  # N x height x width x channels, these strides (times ALIGN, but for c)
+    kept,  # relu: the output; else the preactivation; None without activation.  Strides alike
     argmax,  # uint8, strides as kept's; None without pooling
     grad_conv,  # N x conv_height x conv_width x channels, contiguous
     count,  # N * conv_height * conv_width
-    channels,
+    channel_units,  # of ALIGN
     height,
     width,
     conv_height,
@@ -420,11 +424,13 @@ def conv_backward_epilogue_kernel(
     POOL_PADDING_Y: tl.constexpr,
     POOL_PADDING_X: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALIGN: tl.constexpr,
     LONG: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Each pixel of the convolution asks the windows over it whether they took it: no two programs write one place."""
+    channels = channel_units * ALIGN
     first = tl.program_id(0).to(tl.int64) * ROWS
     image, conv_y, conv_x, row_inside = _pixels(first, count, conv_height, conv_width, ROWS, LONG)
     channel = (tl.program_id(1) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
@@ -441,16 +447,18 @@ def conv_backward_epilogue_kernel(
         taken = inside & covers[:, None]
         y = y.to(tl.int64)
         x = x.to(tl.int64)
-        from_kept = (image * kept_stride_n + y * kept_stride_y + x * kept_stride_x)[:, None] + channel * kept_stride_c
-        if argmax is not None:
-            place = tl.load(argmax + from_kept, mask=taken, other=0).to(tl.int32)
-            taken = taken & (place == (place_y * POOL_W + place_x)[:, None])
-        from_grad = (image * grad_stride_n + y * grad_stride_y + x * grad_stride_x)[:, None] + channel * grad_stride_c
+        units = image * grad_stride_n + y * grad_stride_y + x * grad_stride_x
+        from_grad = (units * ALIGN)[:, None] + channel * grad_stride_c
+        units = image * kept_stride_n + y * kept_stride_y + x * kept_stride_x
+        from_kept = (units * ALIGN)[:, None] + channel * kept_stride_c
         grad = tl.load(grad_output + from_grad, mask=taken, other=0.0).to(tl.float32)
         if kept is not None:
-            slope = _derivative(tl.load(kept + from_kept, mask=taken, other=0.0).to(tl.float32), ACTIVATION)
-            grad = tl.where(taken, grad * slope, 0.0)
-        total += grad
+            grad *= _derivative(tl.load(kept + from_kept, mask=taken, other=0.0).to(tl.float32), ACTIVATION)
+        if argmax is not None:
+            # Not part of the mask: that would make one access of each element.
+            place = tl.load(argmax + from_kept, mask=taken, other=0).to(tl.int32)
+            taken = taken & (place == (place_y * POOL_W + place_x)[:, None])
+        total += tl.where(taken, grad, 0.0)
     offset = _place(image[:, None], conv_y[:, None], conv_x[:, None], channel, conv_height, conv_width, channels, True)
     tl.store(grad_conv + offset, total.to(grad_conv.dtype.element_ty), mask=inside)
 
@@ -474,7 +482,7 @@ def conv_backward_weight_kernel(
     height,
     width,
     red_units,
-    out_units,
+    out_units,  # of all groups together when CHANNELWISE
     groups,
     kernel_r,
     kernel_s,
@@ -490,7 +498,9 @@ def conv_backward_weight_kernel(
     stride_n,
     stride_y,
     stride_x,
-    CHANNEL_BY_CHANNEL: tl.constexpr,
+    CHANNELWISE: tl.constexpr,
+    GROUP_REDS: tl.constexpr,  # reds and outs when CHANNELWISE
+    GROUP_OUTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
@@ -502,19 +512,23 @@ def conv_backward_weight_kernel(
 ):
     """One split's share of grad_weight: rows are output channels, columns taps and channels, the sum is over pixels.
 
-    CHANNEL_BY_CHANNEL (small groups): rows are the output channels of all groups, and a program has one column.
+    CHANNELWISE (small groups): rows are the output channels of all groups, and a program has one column.
     """
-    reds = red_units * ALIGN
-    outs = out_units * OUT_ALIGN
-    weight_row = kernel_r * kernel_s * reds
-    if CHANNEL_BY_CHANNEL:
+    if CHANNELWISE:
+        reds = GROUP_REDS
+        channels = out_units * OUT_ALIGN
+        weight_row = kernel_r * kernel_s * reds
         col_tiles = weight_row
         channel = (tl.program_id(0) // col_tiles) * ROWS + tl.arange(0, ROWS)
-        row_inside = channel < groups * outs
-        group = channel // outs
+        row_inside = channel < channels
+        group = channel // GROUP_OUTS
         col = tl.program_id(0) % col_tiles
         col_inside = col < weight_row
     else:
+        reds = red_units * ALIGN
+        outs = out_units * OUT_ALIGN
+        channels = groups * outs
+        weight_row = kernel_r * kernel_s * reds
         col_tiles = tl.cdiv(weight_row, COLS)
         row_tiles = tl.cdiv(outs, ROWS)
         tile_row = tl.program_id(0) // col_tiles
@@ -534,7 +548,7 @@ def conv_backward_weight_kernel(
 
     split = tl.program_id(1).to(tl.int64)
     last = tl.minimum((split + 1) * span, count)
-    acc = tl.zeros((BLOCK, ROWS) if CHANNEL_BY_CHANNEL else (ROWS, COLS), tl.float32)
+    acc = tl.zeros((BLOCK, ROWS) if CHANNELWISE else (ROWS, COLS), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     for index in tl.range(0, tl.cdiv(last - split * span, BLOCK).to(tl.int32), num_stages=STAGES):
         image, y, x, present = _pixels(split * span + index * BLOCK, last, conv_height, conv_width, BLOCK, LONG)
@@ -547,7 +561,7 @@ def conv_backward_weight_kernel(
         source_y = y * conv_stride_y
         source_x = x * conv_stride_x
         unit = image * stride_n + source_y.to(tl.int64) * stride_y + source_x.to(tl.int64) * stride_x
-        if CHANNEL_BY_CHANNEL:
+        if CHANNELWISE:
             tap_y = (source_y + shift_y)[:, None]
             tap_x = (source_x + shift_x)[:, None]
             inside = present[:, None] & row_inside[None, :]
@@ -557,15 +571,15 @@ def conv_backward_weight_kernel(
             inside = present[:, None] & col_inside[None, :]
         inside = inside & (tap_y >= 0) & (tap_y < height) & (tap_x >= 0) & (tap_x < width)
         values = tl.load(source + (unit * ALIGN)[:, None] + col_offset[None, :], mask=inside, other=0.0)
-        if CHANNEL_BY_CHANNEL:
+        if CHANNELWISE:
             acc += grad.to(tl.float32) * values.to(tl.float32)
         else:
             acc = tl.dot(tl.trans(grad), values, acc, input_precision=PRECISION)
         if partial_bias is not None:
             sums += tl.sum(grad.to(tl.float32), axis=0)
 
-    row_offset = split * (groups * outs) + channel
-    if CHANNEL_BY_CHANNEL:
+    row_offset = split * channels + channel
+    if CHANNELWISE:
         tl.store(partial_weight + row_offset * weight_row + col, tl.sum(acc, axis=0), mask=row_inside)
     else:
         tl.store(
