@@ -19,8 +19,8 @@ FUNCTIONS = ("conv2d", "conv2d_nchw", "conv2d_relu", "conv2d_relu_pool")
 
 SHAPE_NAMES = "IMAGESxCHANNELSxHEIGHTxWIDTHxFILTERSxKERNELxSTRIDExPADDINGxGROUPS"
 
-# Channels, size, filters, kernel, stride: every distinct convolution of ResNet-50 (He et al., 2015; the stride is in the
-# 3x3 convolutions, as in torchvision).
+# Channels, size, filters, kernel, stride: every distinct convolution of ResNet-50 (He et al., 2015; strides in the 3x3
+# convolutions, as in torchvision).
 _RESNET = (
     (3, 224, 64, 7, 2),
     (64, 56, 64, 1, 1),
@@ -90,6 +90,8 @@ DTYPES = {
 
 # Tiles keep two blocks of 256 threads on a multiprocessor, whose copies then overlap with the other's products.
 _TILE = 128
+# But for the weight gradient by single elements, whose loads in flight fill the registers of one.
+_ALONE = 192
 _SHARED_LARGE, _SHARED_MEDIUM, _SHARED_SMALL, _SHARED_ELEMENTS, _SHARED_WEIGHT = 69632, 49152, 32768, 36864, 49152
 _MMA, _COPIES = {"*": "HMMA"}, {"*": "LDGSTS"}
 _GEMM, _WEIGHT = r"^conv_gemm_kernel<\w+, conv::TileShape<\w+", r"^conv_backward_weight_kernel<.*"
@@ -102,9 +104,9 @@ static_plan = [
     KernelPlan(rf"{_GEMM}, 64, 64, .*FusedMultiplyAdd, .*ChunkLoader", 128, _TILE, False, _SHARED_SMALL, _COPIES),
     KernelPlan(rf"{_GEMM}, 128, 64, .*FusedMultiplyAdd, .*ElementLoader", 256, _TILE, False, _SHARED_ELEMENTS),
     KernelPlan(rf"{_WEIGHT}TensorCores, .*WeightChunkLoader", 256, _TILE, False, _SHARED_WEIGHT, _MMA),
-    KernelPlan(rf"{_WEIGHT}TensorCores, .*WeightElementLoader", 256, _TILE, False, _SHARED_WEIGHT // 2, _MMA),
+    KernelPlan(rf"{_WEIGHT}TensorCores, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2, _MMA),
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightChunkLoader", 256, _TILE, False, _SHARED_WEIGHT, _COPIES),
-    KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightElementLoader", 256, _TILE, False, _SHARED_WEIGHT // 2),
+    KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2),
     # Strips of sums in registers: enough loads in flight with 512 threads.
     KernelPlan(r"^conv_depthwise_kernel<\w+, [48],", 256, 128, vectorised=True),
     KernelPlan(r"^conv_depthwise_kernel<\w+, 1,", 256, 128),
@@ -167,7 +169,8 @@ def make_conv_case(function: str, shape: tuple[int, ...]) -> ConvCase:
     return ConvCase(**vars(case), stride=stride, padding=padding, groups=groups, max_pool=max_pool)
 
 
-def _places(size: int, kernel: int, stride: int, padding: int) -> int:
+def places(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Of a kernel or window along an axis."""
     return (size + 2 * padding - kernel) // stride + 1
 
 
@@ -178,9 +181,9 @@ def count_bytes(function: str, shape: tuple[int, ...], itemsize: int) -> dict[st
     is neither written nor read.
     """
     images, channels, height, width, filters, kernel, stride, padding, groups = shape
-    out_h, out_w = (_places(size, kernel, stride, padding) for size in (height, width))
+    out_h, out_w = (places(size, kernel, stride, padding) for size in (height, width))
     if max_pool := max_pool_of(function, shape):
-        out_h, out_w = (_places(size, *max_pool) for size in (out_h, out_w))
+        out_h, out_w = (places(size, *max_pool) for size in (out_h, out_w))
     given = images * channels * height * width
     weights = filters * (channels // groups * kernel * kernel + 1)
     output = images * filters * out_h * out_w
@@ -194,7 +197,7 @@ def count_bytes(function: str, shape: tuple[int, ...], itemsize: int) -> dict[st
 def count_flops(shape: tuple[int, ...]) -> dict[str, int]:
     """Products and sums of the convolution; the backward has two of its size."""
     images, channels, height, width, filters, kernel, stride, padding, groups = shape
-    out_h, out_w = (_places(size, kernel, stride, padding) for size in (height, width))
+    out_h, out_w = (places(size, kernel, stride, padding) for size in (height, width))
     forward = 2 * images * out_h * out_w * filters * (channels // groups) * kernel * kernel
     return {"forward": forward, "backward": 2 * forward}
 

@@ -158,7 +158,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(conv::kDepthwiseThreads, 2)
     conv_depthwise_weight_kernel(const conv::WeightParams p, int columns, int channel_blocks) {
   using namespace conv;
-  BK_SHARED(float, shared_sums, [kDepthwiseThreads][V]);
+  BK_SHARED(float, shared_sums, [V][kDepthwiseThreads]);
   const int channels = p.groups, tiles_w = ceil_div(p.kernel_w, kTapTile), tiles_h = ceil_div(p.kernel_h, kTapTile);
   int64_t rest = blockIdx.x;
   const int tap_tile = static_cast<int>(rest % (tiles_h * tiles_w));
@@ -203,13 +203,13 @@ __global__ void __launch_bounds__(conv::kDepthwiseThreads, 2)
   auto reduce = [&](const float (&values)[V], float* out, int64_t pitch, bool wanted) {
     __syncthreads();  // the sums before these have been read
 #pragma unroll
-    for (int j = 0; j < V; j++) shared_sums[threadIdx.x][j] = values[j];
+    for (int j = 0; j < V; j++) shared_sums[j][threadIdx.x] = values[j];
     __syncthreads();
     if (!stores || !wanted) return;
 #pragma unroll
     for (int j = 0; j < V; j++) {
       float sum = 0.0f;
-      for (int i = 0; i < rows; i++) sum += shared_sums[i * columns + column][j];
+      for (int i = 0; i < rows; i++) sum += shared_sums[j][i * columns + column];
       out[(channel + j) * pitch] = sum;
     }
   };

@@ -133,7 +133,7 @@ struct WeightColumns {
 template <class T, class Shape>
 class WeightChunkLoader {
  public:
-  static constexpr int kStages = 4;
+  static constexpr int kStages = 4, kBlocks = 2;
 
   __device__ __forceinline__ WeightChunkLoader(const WeightParams& p, const WeightTile& tile)
       : p_(p), columns_(p, tile) {}
@@ -169,7 +169,8 @@ class WeightChunkLoader {
 template <class T, class Shape>
 class WeightElementLoader {
  public:
-  static constexpr int kStages = 2;
+  // One block a multiprocessor: with 24 elements on their way to shared memory, 128 registers a thread would spill.
+  static constexpr int kStages = 2, kBlocks = 1;
 
   __device__ __forceinline__ WeightElementLoader(const WeightParams& p, const WeightTile& tile)
       : p_(p), columns_(p, tile) {}
@@ -227,7 +228,8 @@ struct PutSums {
 }  // namespace conv
 
 template <class T, class Shape, class Product, template <class, class> class Loader>
-__global__ void __launch_bounds__(Shape::kThreads, 2) conv_backward_weight_kernel(const conv::WeightParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, Loader<T, Shape>::kBlocks)
+    conv_backward_weight_kernel(const conv::WeightParams p) {
   using namespace conv;
   constexpr int kStages = Loader<T, Shape>::kStages, kStageElements = (Shape::kM + Shape::kN) * Shape::kK;
   constexpr int kQuarters = Shape::kThreads / Shape::kM;
