@@ -115,6 +115,9 @@ def test_every_command_has_help(capsys, name):
         (["train", "cnn", "--data", "nowhere"], "--data nowhere: no such file or data set; cnn takes digits, mnist"),
         (["train", "gru", "--data", "nowhere"], "gru takes text, or a text file"),
         (["train", "transformer", "--data", "."], "transformer takes text, or a CSV file"),
+        (["train", "attention-classifier", "--data", "."], "attention-classifier takes text, or a CSV file"),
+        (["train", "autoencoder", "--data", "nowhere"], "autoencoder takes digits, mnist"),
+        (["train", "mlp", "--data", "nowhere"], "mlp takes diabetes, or a CSV file of numbers"),
         (["train", "cnn", "--device", "abacus"], "--device abacus"),
         (["train", "cnn", "--resume"], "runs/cnn: no checkpoint there"),
         (["evaluate", "nowhere"], "nowhere: no checkpoint there"),
@@ -244,6 +247,46 @@ def test_writing_goes_on_with_the_alphabet(capsys, alphabet, model):
     assert written == f"{start}ijklmnop\n"
 
 
+def test_numbers_from_training_to_prediction(capsys, tmp_path):
+    path = tmp_path / "sums.csv"
+    rows = [f"{i % 7},{i % 5},{2 * (i % 7) - (i % 5)}" for i in range(70)]
+    path.write_text("a,b,label\n" + "\n".join(rows) + "\n")
+    status, out, _ = call(capsys, "train", "mlp", "--data", path, "--lr", "1e-2", "--epochs", 150, "--out", "run")
+    assert status == 0, out
+    assert "56 samples to train on, 14 held out, always answering the mean explains" in out
+    assert "explained variance" in out
+    assert "explained variance" in call(capsys, "evaluate", "run")[1]
+    assert "70 samples" in call(capsys, "evaluate", "run", "--data", path)[1]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("b,a\n4,0\n0,6\n")
+    out = call(capsys, "predict", "run", rows)[1]
+    values = [float(line.split("\u2502")[2]) for line in out.splitlines() if line.startswith("\u2502")]
+    assert values == pytest.approx([-4, 12], abs=1.5)
+    assert "no column 'a'" in refused(capsys, "predict", "run", write(tmp_path / "other.csv", "b\n1\n"))
+    assert "give CSV files with the columns a, b" in refused(capsys, "predict", "run", "--text", "1,2")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "autoencoder-conv"])
+def test_images_drawn_again(capsys, pictures, model):
+    status, out, _ = call(
+        capsys, "train", model, "--data", pictures, "--epochs", 3, "--batch-size", 4, "--image-size", 10, "--out", "run"
+    )
+    assert status == 0, out
+    assert "explained variance" in out and "drawn again" in out
+    assert "mean squared error" in call(capsys, "evaluate", "run", "--data", pictures)[1]
+    image = pictures / "dark" / "3.png"
+    out = call(capsys, "predict", "run", image, "--draw", "drawn")[1]
+    assert "mean squared error" in out and "drawn/3.png" in out
+    from PIL import Image
+
+    assert Image.open("drawn/3.png").size == (10, 10)
+
+
 def test_interrupted_resumed_and_uninterrupted_are_equal(capsys, monkeypatch, reviews):
     arguments = ("train", "transformer", "--data", reviews, "--epochs", 2, "--batch-size", 16)
     assert call(capsys, *arguments, "--out", "whole")[0] == 0
@@ -296,11 +339,13 @@ def test_demo_shows_every_model(capsys):
     assert [model["model"] for model in report["models"]] == list(SHOWS)
     for model in report["models"]:
         assert model["largest_difference"] < 1e-5
-        assert 0 < model["majority_accuracy"] < 0.5
+        assert -1 < model["majority_accuracy"] < 0.5
+        assert model["accuracy"] == pytest.approx(model["accuracy_torch"], abs=1e-3)
         for speed in ("training_speed", "training_speed_torch", "inference_speed", "inference_speed_torch"):
             assert math.isfinite(model[speed]) and model[speed] > 0
     served = {model["model"]: model["layers"] for model in report["models"]}
     assert served["transformer"][0] == "bigkern (torch): AddLayerNorm"
+    assert served["cnn"][0] == "bigkern (torch): ConvBlock2d"
     assert any("GRU" in line for line in served["gru"])
 
 
@@ -312,5 +357,8 @@ def test_demo_learns(capsys):
         models = {model["model"]: model for model in json.load(file)["models"]}
     assert models["cnn"]["accuracy"] >= 0.97
     assert models["cnn-small"]["accuracy"] >= 0.97
-    for name in ("gru", "lstm", "transformer"):
+    assert models["cnn-log-softmax"]["accuracy"] >= 0.95
+    assert models["autoencoder"]["accuracy"] >= 0.85 and models["autoencoder-conv"]["accuracy"] >= 0.8
+    assert models["mlp"]["accuracy"] >= 0.35
+    for name in ("gru", "lstm", "transformer", "attention-classifier", "self-attention-classifier"):
         assert models[name]["accuracy"] > models[name]["majority_accuracy"] + 0.1

@@ -5,8 +5,11 @@
 >>> twin.load_state_dict(model.state_dict())
 """
 
-from bigkern.models.cnn import CNN, SmallCNN
+from bigkern.models.attention_classifier import AttentionClassifier, SelfAttentionClassifier
+from bigkern.models.autoencoder import Autoencoder, ConvAutoencoder
+from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
+from bigkern.models.mlp import MLPNet
 from bigkern.models.rnn import GRUModel, LSTMModel
 from bigkern.models.transformer import PositionalEncoding, TransformerBlock, TransformerClassifier
 
@@ -14,9 +17,15 @@ from bigkern.models.transformer import PositionalEncoding, TransformerBlock, Tra
 MODELS = {
     "cnn": CNN,
     "cnn-small": SmallCNN,
+    "cnn-log-softmax": LogSoftmaxCNN,
     "gru": GRUModel,
     "lstm": LSTMModel,
     "transformer": TransformerClassifier,
+    "attention-classifier": AttentionClassifier,
+    "self-attention-classifier": SelfAttentionClassifier,
+    "autoencoder": Autoencoder,
+    "autoencoder-conv": ConvAutoencoder,
+    "mlp": MLPNet,
 }
 
 __all__ = [
@@ -24,11 +33,17 @@ __all__ = [
     "CNN",
     "MODELS",
     "TORCH",
+    "AttentionClassifier",
+    "Autoencoder",
+    "ConvAutoencoder",
     "GRUModel",
     "LSTMModel",
     "LayerRun",
     "Layers",
+    "LogSoftmaxCNN",
+    "MLPNet",
     "PositionalEncoding",
+    "SelfAttentionClassifier",
     "SmallCNN",
     "TransformerBlock",
     "TransformerClassifier",

@@ -43,6 +43,21 @@ class AddLayerNorm(nn.LayerNorm):
         return super().forward(summed), summed
 
 
+class ConvBlock2d(nn.Conv2d):
+    """bigkern.nn.ConvBlock2d in torch's operators, for models built without bigkern.
+
+    ``max_pool`` is None or the size and stride of the pooling; the activation is ReLU.
+    """
+
+    def __init__(self, *args: Any, max_pool: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_pool = max_pool
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = functional.relu(super().forward(input))
+        return output if self.max_pool is None else functional.max_pool2d(output, self.max_pool)
+
+
 class Layers:
     """torch.nn's names; each comes from the first of ``sources`` that has it."""
 
@@ -61,7 +76,7 @@ class Layers:
 
 
 BIGKERN = Layers("bigkern", bigkern.nn, nn)
-TORCH = Layers("torch", nn, SimpleNamespace(AddLayerNorm=AddLayerNorm))
+TORCH = Layers("torch", nn, SimpleNamespace(AddLayerNorm=AddLayerNorm, ConvBlock2d=ConvBlock2d))
 
 # Modules that hold other modules, not layers: nobody writes a kernel for them.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

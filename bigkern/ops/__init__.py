@@ -1,5 +1,6 @@
 """The public functions: argument checks, backend choice, autograd."""
 
+from bigkern.ops.conv import conv1d, conv2d
 from bigkern.ops.layer_norm import add_layer_norm, layer_norm, rms_norm
 
-__all__ = ["add_layer_norm", "layer_norm", "rms_norm"]
+__all__ = ["add_layer_norm", "conv1d", "conv2d", "layer_norm", "rms_norm"]

@@ -4,7 +4,9 @@
 * ``text``: the text of the Python installation itself. For the recurrent models, the language reference in
   ``pydoc_data.topics`` (465 kB of English), read character by character; whole topics are held out. For the classifier,
   passages of source code of eight standard packages, to be told apart; whole files are held out.
-* ``mnist`` through torchvision, a folder of images, a CSV file with a text and a label column, a text file.
+* ``diabetes``: scikit-learn's ten measurements of 442 patients, and a number to predict from them.
+* ``mnist`` through torchvision, a folder of images, a CSV file with a text and a label column, or one of numbers, a
+  text file.
 
 A data set is two splits in memory, and an encoder that turns what a user has (an image file, a text) into what the
 model reads. The encoder is stored in checkpoints.
@@ -13,6 +15,7 @@ model reads. The encoder is stored in checkpoints.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sysconfig
 from collections import Counter
@@ -39,7 +42,10 @@ _TOKEN = re.compile(r"[A-Za-z_]+|\d+|[^\sA-Za-z_\d]")
 
 @dataclass(frozen=True)
 class Split:
-    """inputs (N, ...) and targets (N,) or (N, T). Images may be kept as bytes: a batch is floats in [0, 1]."""
+    """inputs (N, ...) and targets: class numbers (N,) or (N, T), or numbers (N, ...) to come near to.
+
+    Images may be kept as bytes: a batch is floats in [0, 1].
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -48,10 +54,8 @@ class Split:
         return self.targets.shape[0]
 
     def batch(self, indices: Tensor | slice, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        inputs = self.inputs[indices].to(device, non_blocking=True)
-        if inputs.dtype == torch.uint8:
-            inputs = inputs.float() / 255
-        return inputs, self.targets[indices].to(device, non_blocking=True)
+        inputs, targets = (part[indices].to(device, non_blocking=True) for part in (self.inputs, self.targets))
+        return tuple(part.float() / 255 if part.dtype == torch.uint8 else part for part in (inputs, targets))
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,41 @@ class WordEncoder:
         return encoded
 
 
-Encoder = ImageEncoder | CharacterEncoder | WordEncoder
+@dataclass(frozen=True)
+class NumberEncoder:
+    """Rows of numbers with mean 0 and spread 1 by column, and the ``target`` column's number from the model's.
+
+    ``means`` and ``spreads`` are the columns' in the training data, the target's last.
+    """
+
+    kind: ClassVar[str] = "numbers"
+    columns: list[str]
+    target: str
+    means: list[float]
+    spreads: list[float]
+
+    @classmethod
+    def of(cls, rows: Tensor, columns: list[str], target: str) -> NumberEncoder:
+        spreads = rows.std(0, correction=0)
+        # A column of equal values stays as it is, less its mean.
+        return cls(columns, target, rows.mean(0).tolist(), torch.where(spreads > 0, spreads, 1.0).tolist())
+
+    @property
+    def classes(self) -> list[str]:
+        return [self.target]
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """The first, or all, of the columns (N, up to len(means)) as the model reads them, in float32."""
+        count = rows.shape[1]
+        means, spreads = (torch.tensor(values[:count], dtype=torch.float64) for values in (self.means, self.spreads))
+        return ((rows - means) / spreads).float()
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """(N, 1) outputs of the model in the target's own unit: (N,)."""
+        return outputs[:, 0].double() * self.spreads[-1] + self.means[-1]
+
+
+Encoder = ImageEncoder | CharacterEncoder | WordEncoder | NumberEncoder
 
 
 def encoder_state(encoder: Encoder) -> dict[str, Any]:
@@ -138,7 +176,7 @@ def encoder_state(encoder: Encoder) -> dict[str, Any]:
 
 
 def encoder_from_state(state: dict[str, Any]) -> Encoder:
-    kinds = {cls.kind: cls for cls in (ImageEncoder, CharacterEncoder, WordEncoder)}
+    kinds = {cls.kind: cls for cls in (ImageEncoder, CharacterEncoder, WordEncoder, NumberEncoder)}
     return kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
 
 
@@ -190,6 +228,78 @@ def digits(size: int = 8) -> Dataset:
         description += f" enlarged to {size}x{size}"
     encoder = ImageEncoder([1, size, size], [str(digit) for digit in range(10)])
     return Dataset(description, *_split(images, torch.from_numpy(bunch.target).long()), encoder)
+
+
+def to_itself(dataset: Dataset) -> Dataset:
+    """Images whose target is the image: what an autoencoder learns from."""
+    parts = [Split(part.inputs, part.inputs) for part in (dataset.train, dataset.held_out)]
+    return Dataset(f"{dataset.description}, to be drawn again", *parts, dataset.encoder)
+
+
+def diabetes() -> Dataset:
+    """scikit-learn's diabetes: ten measurements of 442 patients, and how far the disease went on in a year."""
+    bunch = require("sklearn.datasets", "scikit-learn", "the diabetes data set").load_diabetes()
+    rows = torch.cat([torch.from_numpy(bunch.data), torch.from_numpy(bunch.target).unsqueeze(1)], 1)
+    return _rows_of_numbers(
+        "scikit-learn's diabetes, ten measurements of 442 patients", rows, list(bunch.feature_names), "progression"
+    )
+
+
+def table_of_numbers(path: Path, target: str) -> Dataset:
+    """A CSV file of numbers, one column of which is the ``target``."""
+    columns, rows = read_numbers(path, target=target)
+    if len(rows) < 10:
+        raise InputError(f"{path}: {len(rows)} rows are too few; at least 10 are needed")
+    return _rows_of_numbers(f"{len(rows):,} rows of {path}", rows, columns, target)
+
+
+def _rows_of_numbers(description: str, rows: Tensor, columns: list[str], target: str) -> Dataset:
+    """(N, len(columns) + 1) float64 rows, the target last; a random fifth of them held out."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    held_out, train = order[: len(rows) // 5].sort().values, order[len(rows) // 5 :].sort().values
+    encoder = NumberEncoder.of(rows[train], columns, target)
+    encoded = encoder.encode(rows)
+    splits = [Split(encoded[part, :-1], encoded[part, -1:]) for part in (train, held_out)]
+    return Dataset(f"{description}; a fifth held out", *splits, encoder)
+
+
+def read_numbers(
+    path: Path, *, target: str | None = None, columns: Sequence[str] | None = None
+) -> tuple[list[str], Tensor]:
+    """The columns' names without the target's, and (N, columns) float64 values with the target's last.
+
+    ``columns`` chooses and orders them (default: all of the file's); without a ``target`` there is none.
+    """
+    rows = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
+    try:
+        found = next(rows, [])
+        columns = [name for name in found if name != target] if columns is None else list(columns)
+        wanted = columns if target is None else [*columns, target]
+        for name in wanted:
+            if name not in found:
+                raise InputError(f"{path}: no column {name!r}; its first line names {', '.join(found) or 'nothing'}")
+        places, values = [found.index(name) for name in wanted], []
+        for row in rows:
+            if not row:
+                continue
+            if len(row) < len(found):
+                raise InputError(f"{path}: line {rows.line_num} has too few columns")
+            values.append([_number(row[place], path, rows.line_num) for place in places])
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV after line {rows.line_num} ({error})") from error
+    if not values or not columns:
+        raise InputError(f"{path}: no {'rows below the first line' if columns else 'columns beside the target'}")
+    return columns, torch.tensor(values, dtype=torch.float64)
+
+
+def _number(text: str, path: Path, line: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{path}: line {line}: {text!r} is not a finite number")
+    return value
 
 
 def mnist(folder: Path) -> Dataset:
@@ -244,6 +354,16 @@ def read_image_folder(
         if on_image:
             on_image(row + 1, len(files))
     return images, torch.tensor([label for _, label in files])
+
+
+def write_image(image: Tensor, path: Path) -> Path:
+    """(1 or 3, height, width) floats in [0, 1] as an image file; returns its path."""
+    image_module = require("PIL.Image", "pillow", "writing images")
+    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
+    channels, height, width = pixels.shape
+    data = bytes(pixels.permute(1, 2, 0).flatten().tolist())
+    image_module.frombytes("L" if channels == 1 else "RGB", (width, height), data).save(path)
+    return path
 
 
 def read_text(path: Path) -> str:

@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from bigkern.models import LayerRun
 from bigkern.training.errors import require
+from bigkern.training.metrics import are_numbers
 from bigkern.training.trainer import Epoch, Trainer
 
 
@@ -45,7 +48,7 @@ def training_progress(to, trainer: Trainer, epochs: int, label: str = "") -> Ite
         transient=True,
     ) as bar:
         task = bar.add_task(label, total=total, completed=done, state="")
-        shown = 0.0
+        shown, measure = 0.0, measure_of(trainer.train.targets)
 
         def advance(trainer: Trainer) -> None:
             nonlocal shown
@@ -57,7 +60,7 @@ def training_progress(to, trainer: Trainer, epochs: int, label: str = "") -> Ite
                 bar.update(
                     task,
                     description=f"{label}epoch {trainer.epoch + 1}/{epochs}",
-                    state=f"loss {loss:.3f}  accuracy {accuracy:.1%}",
+                    state=f"loss {loss:.3f}  {measure} {accuracy:.1%}",
                 )
 
         yield advance
@@ -71,9 +74,14 @@ def served_by(runs: dict[str, LayerRun]) -> list[str]:
     return [f"{server}: {', '.join(names)}" for server, names in kinds.items()]
 
 
-def epoch_line(record: Epoch, epochs: int) -> str:
+def measure_of(targets: Tensor) -> str:
+    """What accuracy is called for these targets."""
+    return "explained variance" if are_numbers(targets) else "accuracy"
+
+
+def epoch_line(record: Epoch, epochs: int, measure: str = "accuracy") -> str:
     return (
-        f"epoch {record.number:>{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  accuracy {record.accuracy:.2%}  "
-        f"held out: loss {record.held_out_loss:.4f}  accuracy {record.held_out_accuracy:.2%}  "
+        f"epoch {record.number:>{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  {measure} {record.accuracy:.2%}  "
+        f"held out: loss {record.held_out_loss:.4f}  {measure} {record.held_out_accuracy:.2%}  "
         f"{record.samples / max(record.seconds, 1e-9):,.0f} samples/s"
     )

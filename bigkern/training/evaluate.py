@@ -7,10 +7,10 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
-from bigkern.training.data import CharacterEncoder, encoder_state
+from bigkern.training.data import CharacterEncoder, Encoder, NumberEncoder, Split, encoder_state
 from bigkern.training.display import console, table
 from bigkern.training.errors import InputError
-from bigkern.training.metrics import evaluate
+from bigkern.training.metrics import Evaluation, are_numbers, evaluate, majority_accuracy
 from bigkern.training.tasks import DataOptions, choose_device, device_name, load_dataset, load_split
 from bigkern.training.train import load_run
 
@@ -40,6 +40,9 @@ def main(args: argparse.Namespace) -> int:
     to.print(f"data: {len(split):,} samples, {described}")
 
     result = evaluate(model, split, device)
+    if are_numbers(split.targets):
+        to.print(_numbers_table(result, split, encoder))
+        return 0
     most_frequent = split.targets.flatten().mode().values
     baseline = (split.targets == most_frequent).double().mean().item()
     rows = table("Evaluation", "what", "value", right=("value",))
@@ -57,3 +60,14 @@ def main(args: argparse.Namespace) -> int:
             recall.add_row(label, f"{count:,}", f"{share:.1%}" if count else "-")
         to.print(recall)
     return 0
+
+
+def _numbers_table(result: Evaluation, split: Split, encoder: Encoder):
+    rows = table("Evaluation", "what", "value", right=("value",))
+    rows.add_row("explained variance", f"{result.accuracy:.2%}")
+    rows.add_row("always the mean", f"{majority_accuracy(split.targets, split.targets):.2%}")
+    rows.add_row("mean squared error", f"{result.loss:.5f}")
+    if isinstance(encoder, NumberEncoder):
+        rows.add_row(f"root of it, in units of {encoder.target}", f"{encoder.spreads[-1] * result.loss**0.5:,.4g}")
+    rows.add_row("numbers", f"{result.targets:,}")
+    return rows

@@ -1,4 +1,8 @@
-"""Loss, accuracy, what guessing would reach, and speed."""
+"""Loss, accuracy, what guessing would reach, and speed.
+
+Targets are class numbers, or numbers to come near to (floats; images as bytes). Of classes, accuracy is the share that
+is met; of numbers, the share of their variance that is explained: 1 - mean squared error / variance.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,42 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
-def correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many of the targets have the largest logit: a scalar on the logits' device."""
-    return (logits.argmax(-1) == targets).sum()
+def are_numbers(targets: Tensor) -> bool:
+    """Whether targets are to be come near to, rather than class numbers (int64)."""
+    return targets.dtype == torch.uint8 or targets.is_floating_point()
+
+
+def training_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error from numbers; cross entropy of logits with class numbers."""
+    return functional.mse_loss(outputs, targets) if are_numbers(targets) else cross_entropy(outputs, targets)
+
+
+def correct(outputs: Tensor, targets: Tensor, variance: float = 1.0) -> Tensor:
+    """What ``outputs`` add to the accuracy, times the number of targets: a float64 scalar on their device.
+
+    How many targets have the largest logit; of numbers with that ``variance``, the count less what is not explained.
+    """
+    if are_numbers(targets):
+        return targets.numel() - (outputs - targets).double().square().sum() / variance
+    return (outputs.argmax(-1) == targets).sum().double()
+
+
+def variance(targets: Tensor, most: int = 4096) -> float:
+    """Of numbers, over ``most`` samples spread evenly; 1 of class numbers, where it has no use."""
+    if not are_numbers(targets):
+        return 1.0
+    return max(as_numbers(targets[:: -(-len(targets) // most)]).double().var(correction=0).item(), 1e-12)
+
+
+def as_numbers(values: Tensor) -> Tensor:
+    """Bytes as floats in [0, 1]; floats as they are."""
+    return values.float() / 255 if values.dtype == torch.uint8 else values
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a split. ``targets`` counts each step of a sequence; ``recall`` is by class (NaN: absent)."""
+    """A model on a split. ``targets`` counts each step of a sequence; ``recall`` is by class (NaN: absent; numbers have
+    no classes)."""
 
     loss: float
     accuracy: float
@@ -61,6 +93,13 @@ def evaluate(model: nn.Module, split: Split, device: torch.device | str = "cpu",
     if len(split) == 0:
         raise ValueError("split: empty, there is nothing to evaluate on")
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    if are_numbers(split.targets):
+        count = 0
+        with evaluating(model):
+            for values, targets in outputs(model, split, device, batch_size):
+                loss += (values - targets).double().square().sum()
+                count += targets.numel()
+        return Evaluation(loss.item() / count, 1 - loss.item() / count / variance(split.targets, len(split)), count, [])
     hits = present = None
     with evaluating(model):
         for logits, targets in outputs(model, split, device, batch_size):
@@ -74,7 +113,10 @@ def evaluate(model: nn.Module, split: Split, device: torch.device | str = "cpu",
 
 
 def majority_accuracy(train: Tensor, held_out: Tensor) -> float:
-    """Accuracy on ``held_out`` of always answering the most frequent target of ``train``."""
+    """Accuracy on ``held_out`` of always answering the most frequent target of ``train``; of numbers, their mean."""
+    if are_numbers(train):
+        error = (as_numbers(held_out).double() - as_numbers(train).double().mean()).square().mean()
+        return 1 - error.item() / variance(held_out, len(held_out))
     return (held_out == train.flatten().mode().values).double().mean().item()
 
 

@@ -1,4 +1,5 @@
-"""``bigkern predict``: what a trained model says of an image or a text, or how it goes on with a text."""
+"""``bigkern predict``: what a trained model says of an image, a text or rows of numbers, how it draws an image again,
+or how it goes on with a text."""
 
 from __future__ import annotations
 
@@ -9,7 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bigkern.training.data import CharacterEncoder, ImageEncoder, WordEncoder, read_text, split_words
+from bigkern.models import Autoencoder, ConvAutoencoder
+from bigkern.training.data import (
+    CharacterEncoder,
+    ImageEncoder,
+    NumberEncoder,
+    WordEncoder,
+    read_numbers,
+    read_text,
+    split_words,
+    write_image,
+)
 from bigkern.training.display import console, table
 from bigkern.training.errors import InputError
 from bigkern.training.tasks import choose_device
@@ -19,13 +30,17 @@ from bigkern.training.train import load_run, positive_int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder that bigkern train --out made")
     parser.add_argument(
-        "files", type=Path, nargs="*", help="image files, or text files; without any, a text from standard input"
+        "files",
+        type=Path,
+        nargs="*",
+        help="image files, text files, or CSV files of numbers; without any, a text from standard input",
     )
     parser.add_argument("--text", action="append", help="a text to classify or to go on with (repeatable)")
     parser.add_argument("--top", type=positive_int, default=3, help="classes to name (default: %(default)s)")
     parser.add_argument(
         "--invert", action="store_true", help="images are dark on light, the model learned light on dark"
     )
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="an autoencoder writes what it drew again there")
     parser.add_argument("--length", type=positive_int, default=200, help="characters to write (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=_temperature, default=0.7, help="0 writes the likeliest character (default: %(default)s)"
@@ -40,7 +55,9 @@ def main(args: argparse.Namespace) -> int:
     if isinstance(encoder, ImageEncoder):
         return _images(model, encoder, args, device)
     if args.invert:
-        raise InputError("--invert is for images; this model reads text")
+        raise InputError("--invert is for images; this model reads no images")
+    if isinstance(encoder, NumberEncoder):
+        return _numbers(model, encoder, args, device)
     texts = _texts(args)
     if isinstance(encoder, WordEncoder):
         return _classify(model, encoder, texts, args, device)
@@ -53,7 +70,37 @@ def _images(model: nn.Module, encoder: ImageEncoder, args: argparse.Namespace, d
     if not args.files:
         raise InputError("no image: this model reads images; give image files")
     images = torch.stack([encoder.encode(path) for path in args.files])
-    _print_classes(model, 1 - images if args.invert else images, list(map(str, args.files)), encoder, args.top, device)
+    images = 1 - images if args.invert else images
+    if isinstance(model, (Autoencoder, ConvAutoencoder)):
+        return _draw_again(model, images, args, device)
+    _print_classes(model, images, list(map(str, args.files)), encoder, args.top, device)
+    return 0
+
+
+def _draw_again(model: nn.Module, images: Tensor, args: argparse.Namespace, device: torch.device) -> int:
+    with torch.inference_mode():
+        drawn_again = model(images.to(device)).cpu()
+    if args.draw:
+        args.draw.mkdir(parents=True, exist_ok=True)
+    rows = table("Drawn again", "image", "mean squared error", *(["written to"] if args.draw else []))
+    for path, image, drawn in zip(args.files, images, drawn_again, strict=True):
+        written = [str(write_image(drawn, args.draw / f"{path.stem}.png"))] if args.draw else []
+        rows.add_row(str(path), f"{(drawn - image).square().mean():.5f}", *written)
+    console().print(rows)
+    return 0
+
+
+def _numbers(model: nn.Module, encoder: NumberEncoder, args: argparse.Namespace, device: torch.device) -> int:
+    if args.text or not args.files:
+        raise InputError(f"this model reads numbers; give CSV files with the columns {', '.join(encoder.columns)}")
+    for path in args.files:
+        _, values = read_numbers(path, columns=encoder.columns)
+        with torch.inference_mode():
+            predicted = encoder.decode(model(encoder.encode(values).to(device)).cpu())
+        rows = table(str(path), "row", encoder.target, right=("row", encoder.target))
+        for number, value in enumerate(predicted.tolist(), start=1):
+            rows.add_row(f"{number:,}", f"{value:,.4g}")
+        console().print(rows)
     return 0
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from bigkern.models import BIGKERN, MODELS, Layers
 from bigkern.training import data as sources
-from bigkern.training.data import Dataset, Encoder, ImageEncoder, Split, WordEncoder
+from bigkern.training.data import Dataset, Encoder, ImageEncoder, NumberEncoder, Split, WordEncoder
 from bigkern.training.errors import InputError
 
 MNIST_FOLDER = Path.home() / ".cache" / "bigkern"
@@ -27,15 +27,27 @@ class Defaults:
     epochs: int
     batch_size: int
     lr: float
+    optimizer: str = "adam"
 
 
 DEFAULTS = {
     "cnn": Defaults("classifies images", "digits", 15, 64, 1e-3),
     "cnn-small": Defaults("classifies images of 28x28 grey pixels", "digits", 15, 32, 1e-3),
+    "cnn-log-softmax": Defaults("classifies images", "digits", 10, 32, 1e-2, "sgd"),
     "gru": Defaults("predicts the next character at each step", "text", 6, 64, 4e-3),
     "lstm": Defaults("predicts the character after a window of 16", "text", 1, 64, 4e-3),
     "transformer": Defaults("classifies texts", "text", 3, 32, 1e-3),
+    "attention-classifier": Defaults("classifies texts", "text", 4, 32, 1e-3),
+    "self-attention-classifier": Defaults("classifies texts", "text", 3, 32, 1e-3),
+    "autoencoder": Defaults("draws images again from 16 numbers", "digits", 20, 32, 2e-3),
+    "autoencoder-conv": Defaults("draws images again from 16 numbers", "digits", 20, 32, 2e-3),
+    "mlp": Defaults("predicts a number from numbers", "diabetes", 100, 16, 1e-3),
 }
+
+
+AUTOENCODERS = ("autoencoder", "autoencoder-conv")
+_IMAGE_MODELS = ("cnn", "cnn-small", "cnn-log-softmax", *AUTOENCODERS)
+_TEXT_CLASSIFIERS = ("transformer", "attention-classifier", "self-attention-classifier")
 
 
 @dataclass(frozen=True)
@@ -53,17 +65,16 @@ def load_dataset(
 ) -> Dataset:
     """The data set called ``name`` (digits, mnist, text, or a path) in the form that ``model`` reads."""
     path = Path(name)
-    if model in ("cnn", "cnn-small"):
-        small = model == "cnn-small"
-        if name == "digits":
-            return sources.digits(28 if small else 8)
-        if name == "mnist":
-            return sources.mnist(MNIST_FOLDER)
-        if path.is_dir():
-            shape = (1, 28, 28) if small else (options.channels, options.image_size, options.image_size)
-            return sources.image_folder(path, shape, on_image)
-        raise _wrong_data(model, name, path, "digits, mnist, or a folder with one subfolder of images per class")
-    if model == "transformer":
+    if model == "mlp":
+        if name == "diabetes":
+            return sources.diabetes()
+        if path.is_file():
+            return sources.table_of_numbers(path, options.label_column)
+        raise _wrong_data(model, name, path, "diabetes, or a CSV file of numbers with a label column")
+    if model in _IMAGE_MODELS:
+        dataset = _images(model, name, path, options, on_image)
+        return sources.to_itself(dataset) if model in AUTOENCODERS else dataset
+    if model in _TEXT_CLASSIFIERS:
         if name == "text":
             return sources.package_sources()
         if path.is_file():
@@ -78,6 +89,20 @@ def load_dataset(
     raise _wrong_data(model, name, path, "text, or a text file")
 
 
+def _images(
+    model: str, name: str, path: Path, options: DataOptions, on_image: Callable[[int, int], None] | None
+) -> Dataset:
+    small = model == "cnn-small"
+    if name == "digits":
+        return sources.digits(28 if small else 8)
+    if name == "mnist":
+        return sources.mnist(MNIST_FOLDER)
+    if path.is_dir():
+        shape = (1, 28, 28) if small else (options.channels, options.image_size, options.image_size)
+        return sources.image_folder(path, shape, on_image)
+    raise _wrong_data(model, name, path, "digits, mnist, or a folder with one subfolder of images per class")
+
+
 def _wrong_data(model: str, name: str, path: Path, wanted: str) -> InputError:
     if not path.exists():
         return InputError(f"--data {name}: no such file or data set; {model} takes {wanted}")
@@ -89,6 +114,8 @@ def model_arguments(model: str, dataset: Dataset) -> dict[str, Any]:
     encoder = dataset.encoder
     classes = len(dataset.classes)
     if isinstance(encoder, ImageEncoder):
+        if model in AUTOENCODERS:
+            return {"input_shape": encoder.shape}
         arguments: dict[str, Any] = {"input_shape": encoder.shape, "classes": classes}
         if model == "cnn":
             # Unpadded, three convolutions and two poolings use up 17 pixels; smaller images need the padding.
@@ -96,6 +123,8 @@ def model_arguments(model: str, dataset: Dataset) -> dict[str, Any]:
         return arguments
     if isinstance(encoder, WordEncoder):
         return {"vocabulary": len(encoder.words), "classes": classes}
+    if isinstance(encoder, NumberEncoder):
+        return {"features": len(encoder.columns)}
     return {"vocabulary": classes} if model == "lstm" else {"vocabulary": classes, "classes": classes}
 
 
@@ -111,7 +140,12 @@ def load_split(model: str, encoder: Encoder, path: Path, options: DataOptions) -
     if isinstance(encoder, ImageEncoder):
         if not path.is_dir():
             raise InputError(f"{path}: expected a folder with one subfolder of images per class")
-        return Split(*sources.read_image_folder(path, encoder))
+        images, labels = sources.read_image_folder(path, encoder)
+        return Split(images, images if model in AUTOENCODERS else labels)
+    if isinstance(encoder, NumberEncoder):
+        _, rows = sources.read_numbers(path, target=encoder.target, columns=encoder.columns)
+        encoded = encoder.encode(rows)
+        return Split(encoded[:, :-1], encoded[:, -1:])
     if isinstance(encoder, WordEncoder):
         texts, labels = sources.read_csv(path, options.text_column, options.label_column)
         strangers = sorted(set(labels) - set(encoder.classes))

@@ -13,9 +13,9 @@ import torch
 from bigkern.models import layer_runs
 from bigkern.training import checkpoint
 from bigkern.training.data import Dataset, encoder_from_state, encoder_state
-from bigkern.training.display import console, epoch_line, served_by, training_progress
+from bigkern.training.display import console, epoch_line, measure_of, served_by, training_progress
 from bigkern.training.errors import InputError
-from bigkern.training.metrics import evaluating, majority_accuracy
+from bigkern.training.metrics import are_numbers, evaluating, majority_accuracy
 from bigkern.training.tasks import (
     DEFAULTS,
     DataOptions,
@@ -37,12 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", choices=tuple(DEFAULTS))
     parser.add_argument(
-        "--data", help="digits, mnist, text, or a path: image folder, CSV file, text file (default: digits or text)"
+        "--data",
+        help="digits, mnist, text, diabetes, or a path: image folder, CSV file, text file (default: by model)",
     )
     parser.add_argument("--epochs", type=positive_int)
     parser.add_argument("--batch-size", type=positive_int)
     parser.add_argument("--lr", type=positive_float, help="learning rate")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help=f"default: adam; sgd has momentum {MOMENTUM}")
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"default: adam, but sgd for cnn-log-softmax; sgd has momentum {MOMENTUM}",
+    )
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
     parser.add_argument("--out", type=Path, help="folder for the checkpoint (default: runs/MODEL)")
@@ -108,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
             raise InputError(
                 f"the loss became {record.loss} in epoch {record.number}; try a smaller --lr than {options['lr']}"
             )
-        to.print(epoch_line(record, epochs))
+        to.print(epoch_line(record, epochs, measure_of(dataset.train.targets)))
 
     with training_progress(to, trainer, epochs) as on_step:
         finished = trainer.fit(
@@ -134,7 +139,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "epochs": defaults.epochs,
         "batch_size": defaults.batch_size,
         "lr": defaults.lr,
-        "optimizer": "adam",
+        "optimizer": defaults.optimizer,
         "seed": 0,
         **asdict(DataOptions()),
     }
@@ -168,13 +173,17 @@ def _say_plan(
         runs = layer_runs(model, inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     baseline = majority_accuracy(dataset.train.targets, dataset.held_out.targets)
+    if are_numbers(dataset.train.targets):
+        goal = f"always answering the mean explains {baseline:.1%} of their variance"
+    else:
+        goal = (
+            f"{len(dataset.classes)} classes; "
+            f"always answering the most frequent one is right {baseline:.1%} of the time"
+        )
     to.print(f"{name} ({DEFAULTS[name].task}), {parameters:,} parameters, on {device_name(device)}")
     to.print("layers: " + "; ".join(served_by(runs)))
     to.print(f"data: {dataset.description}")
-    to.print(
-        f"      {len(dataset.train):,} samples to train on, {len(dataset.held_out):,} held out, "
-        f"{len(dataset.classes)} classes; always answering the most frequent one is right {baseline:.1%} of the time"
-    )
+    to.print(f"      {len(dataset.train):,} samples to train on, {len(dataset.held_out):,} held out, {goal}")
     to.print(
         f"plan: epochs {trainer.epoch + 1} to {options['epochs']} of {trainer.steps_per_epoch:,} batches of "
         f"{options['batch_size']}, {options['optimizer']}, lr {options['lr']}, seed {options['seed']}, into {out}; "

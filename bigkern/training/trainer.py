@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigkern.training.data import Split
-from bigkern.training.metrics import Evaluation, correct, cross_entropy, evaluate
+from bigkern.training.metrics import Evaluation, correct, evaluate, training_loss, variance
 
 OPTIMIZERS = ("adam", "sgd")
 MOMENTUM = 0.9
@@ -32,7 +32,8 @@ class Epoch(NamedTuple):
 
 
 class Trainer:
-    """Trains ``model`` on ``train`` by cross entropy and judges it by ``held_out`` after each epoch.
+    """Trains ``model`` on ``train`` and judges it by ``held_out`` after each epoch: by cross entropy and accuracy where
+    the targets are class numbers, by mean squared error and explained variance where they are numbers (metrics.py).
 
     ``optimizer`` is "adam" or "sgd" (momentum 0.9). The order of the samples follows from ``seed`` and the number of
     the epoch alone; dropout draws from torch's generator, which the caller seeds and ``state_dict`` holds.
@@ -57,6 +58,7 @@ class Trainer:
         self.batch_size = batch_size
         self.seed = seed
         self.optimizer = make_optimizer(optimizer, self.model, lr)
+        self._variance = variance(train.targets)
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch under way
         self.history: list[Epoch] = []
@@ -105,9 +107,9 @@ class Trainer:
             if interrupted.is_set():
                 break
             inputs, targets = self.train.batch(indices, self.device)
-            logits, loss = training_step(self.model, self.optimizer, inputs, targets)
+            outputs, loss = training_step(self.model, self.optimizer, inputs, targets)
             self._loss += loss.detach().double() * targets.numel()
-            self._correct += correct(logits.detach(), targets)
+            self._correct += correct(outputs.detach(), targets, self._variance)
             self._targets += targets.numel()
             self._samples += len(indices)
             self.step += 1
@@ -131,7 +133,7 @@ class Trainer:
         self.step = 0
         # Kept on the device, in float64: a step does not wait for the GPU, and the sums do not drift.
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._correct = torch.zeros((), dtype=torch.float64, device=self.device)
         self._targets = 0
         self._samples = 0
         self._seconds = 0.0
@@ -174,13 +176,13 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
 def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward, one step of the optimizer. Returns (logits, loss)."""
-    logits = model(inputs)
-    loss = cross_entropy(logits, targets)
+    """Forward, backward, one step of the optimizer. Returns (outputs, loss)."""
+    outputs = model(inputs)
+    loss = training_loss(outputs, targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return logits, loss
+    return outputs, loss
 
 
 @contextmanager

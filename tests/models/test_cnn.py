@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigkern.models import CNN, SmallCNN
+from bigkern.models import CNN, LogSoftmaxCNN, SmallCNN
 
 
 def widths(model, kind):
@@ -15,17 +15,35 @@ def widths(model, kind):
     ]
 
 
+def pools(model):
+    return [module.max_pool for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
 def test_cnn_is_the_documents():
     model = CNN((1, 28, 28), 10)
     assert widths(model, nn.Conv2d) == [32, 64, 128]
     assert widths(model, nn.Linear) == [(128 * 3 * 3, 512), (512, 10)]
-    assert sum(isinstance(module, nn.MaxPool2d) for module in model.modules()) == 2
+    assert pools(model) == [2, 2, None]
 
 
 def test_small_cnn_is_the_documents():
     model = SmallCNN()
     assert widths(model, nn.Conv2d) == [32, 64]
     assert widths(model, nn.Linear) == [(64 * 5 * 5, 128), (128, 10)]
+    assert pools(model) == [2, 2]
+
+
+def test_log_softmax_cnn_is_the_documents():
+    """The document prints 64 * 7 * 7 features, which two unpadded convolutions and one pooling of 28x28 do not give."""
+    model = LogSoftmaxCNN()
+    assert widths(model, nn.Conv2d) == [32, 64]
+    assert widths(model, nn.Linear) == [(64 * 12 * 12, 128), (128, 10)]
+    assert pools(model) == [None, 2]
+    outputs = model(torch.rand(3, 1, 28, 28))
+    torch.testing.assert_close(outputs.exp().sum(1), torch.ones(3))
+    # Cross entropy takes another log-softmax, which leaves logarithms of probabilities as they are.
+    targets = torch.tensor([1, 2, 3])
+    torch.testing.assert_close(nn.functional.cross_entropy(outputs, targets), nn.functional.nll_loss(outputs, targets))
 
 
 @pytest.mark.parametrize("shape, padding", [((1, 18, 18), 0), ((3, 31, 64), 0), ((1, 8, 8), 1), ((2, 4, 17), 1)])
@@ -37,6 +55,11 @@ def test_any_input_shape(shape, padding):
 def test_too_small_an_image_is_refused_with_what_to_do(shape, padding):
     with pytest.raises(ValueError, match=r"too small for 3 convolutions with 2 poolings.*larger images"):
         CNN(shape, 4, padding=padding)
+
+
+def test_too_small_an_image_for_one_pooling():
+    with pytest.raises(ValueError, match=r"too small for 2 convolutions with 1 pooling and padding=0.*or padding=1"):
+        LogSoftmaxCNN((1, 5, 5), 10)
 
 
 def test_wrong_shapes_are_named():

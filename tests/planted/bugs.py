@@ -24,6 +24,10 @@ class Bug(NamedTuple):
 
 TILE = "tests/planted/tile_gemm.cu"
 NORM = "csrc/kernels/layer_norm.cuh"
+CONV = "csrc/kernels/conv.cuh"
+CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
+CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
+CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 
 BUGS = [
     Bug(
@@ -174,5 +178,62 @@ BUGS = [
         "  __syncthreads();  // an earlier call's readers are done\n",
         "",
         "race",
+    ),
+    Bug(
+        "halo of the pooled box one column short",
+        "conv",
+        CONV,
+        "p.box_w = (p.tile_w - 1) * pool.stride_w + pool.kernel_w;",
+        "p.box_w = (p.tile_w - 1) * pool.stride_w + pool.kernel_w - 1;",
+        "plain",
+    ),
+    Bug(
+        "taps in the padding read from the next row",
+        "conv",
+        CONV_GEMM,
+        "inside && within(starts_[i].h + tap_h, p_.height.operand) && within(starts_[i].w + tap_w, p_.width.operand)",
+        "inside && within(starts_[i].h + tap_h, p_.height.operand)",
+        "plain",
+    ),
+    Bug("tail of k not zero", "conv", CONV_GEMM, "return k_ < end_;", "return end_ > 0;", "plain"),
+    Bug(
+        "argmax counted from the window's first place inside",
+        "conv",
+        CONV_EPILOGUE,
+        "best.take(values, y * p.pool.kernel_w + x);",
+        "best.take(values, best.any ? y * p.pool.kernel_w + x : 0);",
+        "plain",
+    ),
+    Bug(
+        "missing barrier in the ring of stages",
+        "conv",
+        CONV_GEMM,
+        "    __syncthreads();  // this stage has landed for all, and all have left the one before\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "results over stages still being read",
+        "conv",
+        CONV_GEMM,
+        "  __syncthreads();  // the stages become the tile of results\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "waits for one stage too few",
+        "conv",
+        CONV_GEMM,
+        "cp_async_wait<kStages - 2>();",
+        "cp_async_wait<kStages - 1>();",
+        "plain",
+    ),
+    Bug(
+        "places of the weight gradient one step early",
+        "conv",
+        CONV_WEIGHT,
+        "starts[step % kStages][threadIdx.x] = walk.next(p);",
+        "starts[(step + kStages - 1) % kStages][threadIdx.x] = walk.next(p);",
+        "plain",
     ),
 ]

@@ -94,9 +94,105 @@ def layer_norm(library: ctypes.CDLL) -> str | None:
     return None
 
 
+class ConvShape(ctypes.Structure):
+    """As in csrc/kernels/conv.h."""
+
+    _fields_ = [
+        ("images", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("channels", "height", "width", "filters", "kernel_h", "kernel_w")),
+        *((name, ctypes.c_int) for name in ("out_h", "out_w", "stride_h", "stride_w", "padding_h", "padding_w")),
+        *((name, ctypes.c_int) for name in ("dilation_h", "dilation_w", "groups")),
+    ]
+
+
+def conv(library: ctypes.CDLL) -> str | None:
+    """Chunks and single elements of channels, tails of k, a ring that goes round, pools with halos and without.
+
+    Small integers: sums are exact, equal maxima are frequent and the first of them is asked for.
+    """
+    for shape, pool in (
+        # images, channels, height, width, filters, R, S, stride, padding; kernel, stride and padding of the pool
+        ((2, 12, 7, 6, 8, 3, 3, 1, 1), (3, 2, 1)),
+        ((2, 3, 6, 7, 5, 3, 2, 2, 1), (2, 2, 0)),
+        ((1, 8, 9, 8, 4, 3, 3, 2, 2), (0, 0, 0)),
+    ):
+        failure = conv_case(library, shape, pool)
+        if failure:
+            return f"{shape} {pool}: {failure}"
+    return None
+
+
+def conv_case(library: ctypes.CDLL, shape: tuple[int, ...], pool: tuple[int, int, int]) -> str | None:
+    images, channels, height, width, filters, rows, cols, stride, padding = shape
+    rng = np.random.default_rng(sum(shape))
+
+    def integers(*sizes):
+        return rng.integers(-2, 3, sizes).astype(np.float32)
+
+    x, weight, bias = (
+        integers(images, height, width, channels),
+        integers(filters, rows, cols, channels),
+        integers(filters),
+    )
+    out_h, out_w = ((n + 2 * padding - k) // stride + 1 for n, k in ((height, rows), (width, cols)))
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    plain = np.zeros((images, out_h, out_w, filters), np.float32)
+    taps = [
+        (r, s, np.s_[:, r : r + stride * out_h : stride, s : s + stride * out_w : stride])
+        for r in range(rows)
+        for s in range(cols)
+    ]
+    for r, s, under in taps:
+        plain += padded[under][:, :out_h, :out_w] @ weight[:, r, s].T
+    active = np.maximum(plain + bias, 0)
+
+    kernel, step, pad = pool
+    size = (
+        ((out_h + 2 * pad - kernel) // step + 1, (out_w + 2 * pad - kernel) // step + 1) if kernel else (out_h, out_w)
+    )
+    wanted, places = active.copy(), np.zeros((images, *size, filters), np.int64)
+    grad = integers(images, *size, filters)
+    wanted_grad = np.where(active <= 0, 0, grad) if not kernel else np.zeros_like(active)
+    if kernel:
+        wanted = np.empty_like(places, np.float32)
+        for i, j in np.ndindex(*size):
+            top, left = i * step - pad, j * step - pad
+            inside = [(y, x) for y in range(top, top + kernel) for x in range(left, left + kernel)]
+            inside = [(y, x) for y, x in inside if 0 <= y < out_h and 0 <= x < out_w]
+            window = np.stack([active[:, y, x] for y, x in inside])
+            first = window.argmax(0)
+            wanted[:, i, j] = window.max(0)
+            places[:, i, j] = np.array([(y - top) * kernel + x - left for y, x in inside])[first]
+            for index, (y, x_) in enumerate(inside):
+                wanted_grad[:, y, x_] += np.where((first == index) & (wanted[:, i, j] > 0), grad[:, i, j], 0)
+    wanted_input, wanted_weight = np.zeros_like(padded), np.empty_like(weight)
+    for r, s, under in taps:
+        wanted_input[under][:, :out_h, :out_w] += wanted_grad @ weight[:, r, s]
+        wanted_weight[:, r, s] = np.einsum("npqk,npqc->kc", wanted_grad, padded[under][:, :out_h, :out_w])
+
+    output, grad_conv, grad_input, grad_weight, grad_bias = (
+        np.full(sizes, np.nan, np.float32) for sizes in (wanted.shape, plain.shape, x.shape, weight.shape, bias.shape)
+    )
+    argmax = np.full(places.shape, 255, np.uint8)
+    struct = ConvShape(
+        images, channels, height, width, filters, rows, cols, out_h, out_w, stride, stride, padding, padding, 1, 1, 1
+    )
+    turned = np.ascontiguousarray(weight.transpose(3, 1, 2, 0))
+    arrays = [x, weight, turned, bias, grad, output, argmax, grad_conv, grad_input, grad_weight, grad_bias]
+    return (
+        call(library.run_conv, ctypes.byref(struct), *map(ctypes.c_int, pool), *map(pointer, arrays))
+        or compare("output", output, wanted, 0)
+        or (compare("argmax", argmax.astype(np.float32), places, 0) if kernel else None)
+        or compare("grad_conv", grad_conv, wanted_grad, 0)
+        or compare("grad_input", grad_input, wanted_input[:, padding : padding + height, padding : padding + width], 0)
+        or compare("grad_weight", grad_weight, wanted_weight, 0)
+        or compare("grad_bias", grad_bias, wanted_grad.sum((0, 1, 2)), 0)
+    )
+
+
 def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
     library = emulated.open_library(Path(path), build)
-    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm}[kernel]
+    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm, "conv": conv}[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")
         # A GPU of one block, so that persistent kernels go round their loops.

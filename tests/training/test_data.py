@@ -7,6 +7,7 @@ from bigkern.training import data
 from bigkern.training.data import (
     CharacterEncoder,
     ImageEncoder,
+    NumberEncoder,
     Split,
     WordEncoder,
     encoder_from_state,
@@ -171,6 +172,7 @@ def test_text_file_refusals(tmp_path):
         ImageEncoder([1, 8, 8], ["a", "b"]),
         CharacterEncoder.of("hello", 4),
         WordEncoder.of(["to be or not"], 4, ["x", "y"]),
+        NumberEncoder(["a", "b"], "c", [1.0, 2.0, 3.0], [0.5, 1.0, 2.0]),
     ],
 )
 def test_encoders_survive_a_checkpoint(encoder):
@@ -207,3 +209,58 @@ def test_mnist_without_torchvision(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(InputError, match="MNIST data set needs torchvision: pip install torchvision"):
         data.mnist(tmp_path)
+
+
+def test_diabetes_is_standardised_by_its_training_part():
+    dataset = data.diabetes()
+    assert dataset.train.inputs.shape == (354, 10) and dataset.held_out.targets.shape == (88, 1)
+    torch.testing.assert_close(dataset.train.inputs.mean(0), torch.zeros(10), rtol=0, atol=1e-5)
+    torch.testing.assert_close(dataset.train.targets.std(0, correction=0), torch.ones(1), rtol=0, atol=1e-5)
+    assert dataset.classes == ["progression"]
+
+
+def test_table_of_numbers(tmp_path):
+    path = tmp_path / "numbers.csv"
+    path.write_text("a,label,b\n" + "\n".join(f"{i},{10 * i},5" for i in range(20)) + "\n")
+    dataset = data.table_of_numbers(path, "label")
+    assert dataset.encoder.columns == ["a", "b"] and (len(dataset.train), len(dataset.held_out)) == (16, 4)
+    inputs, targets = dataset.train.batch(slice(None))
+    torch.testing.assert_close(inputs[:, :1], targets)
+    assert (inputs[:, 1] == 0).all()  # a column of equal values has no spread to divide by
+    decoded = dataset.encoder.decode(targets).sort().values
+    assert set(decoded.round().int().tolist()) <= {10 * i for i in range(20)}
+    columns, rows = data.read_numbers(path, columns=["b", "a"])
+    assert columns == ["b", "a"] and rows[3].tolist() == [5.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no column 'label'; its first line names nothing"),
+        ("a,b\n1,2\n", "no column 'label'; its first line names a, b"),
+        ("a,label\n", "no rows below the first line"),
+        ("label\n1\n", "no columns beside the target"),
+        ("a,label\n1,2\n3\n", "line 3 has too few columns"),
+        ("a,label\n1,two\n", "line 2: 'two' is not a finite number"),
+        ("a,label\n1,inf\n", "line 2: 'inf' is not a finite number"),
+        ("a,label\n1,2\n", "1 rows are too few; at least 10"),
+    ],
+)
+def test_refusals_of_tables_of_numbers(tmp_path, content, message):
+    path = tmp_path / "numbers.csv"
+    path.write_text(content)
+    with pytest.raises(InputError) as refused:
+        data.table_of_numbers(path, "label")
+    assert message in str(refused.value) and str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_written_is_the_image_read(tmp_path, channels):
+    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    path = data.write_image(image.float() / 255, tmp_path / "a.png")
+    assert torch.equal(ImageEncoder([channels, 5, 7], []).read(path), image)
+
+
+def test_bytes_that_are_targets_become_fractions_too():
+    images = torch.tensor([[0, 255]], dtype=torch.uint8)
+    assert [part.tolist() for part in Split(images, images).batch(slice(None))] == [[[0.0, 1.0]]] * 2

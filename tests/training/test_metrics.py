@@ -9,11 +9,15 @@ from torch import nn
 
 from bigkern.training.data import Split
 from bigkern.training.metrics import (
+    are_numbers,
+    correct,
     cross_entropy,
     evaluate,
     interleaved_seconds,
     largest_difference,
     majority_accuracy,
+    training_loss,
+    variance,
 )
 
 
@@ -46,6 +50,29 @@ def test_sequences_count_each_step():
 def test_nothing_to_evaluate_on_is_refused():
     with pytest.raises(ValueError, match="empty"):
         evaluate(Table(), Split(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)))
+
+
+def test_numbers_by_hand():
+    """Explained variance: 1 - mean squared error / variance of the targets, here 1 and 5."""
+    outputs, targets = torch.tensor([[1.0], [2.0], [3.0], [8.0]]), torch.tensor([[1.0], [3.0], [5.0], [7.0]])
+    result = evaluate(Table(), Split(outputs, targets), batch_size=3)
+    assert (result.loss, result.targets, result.recall) == (1.5, 4, [])
+    assert result.accuracy == pytest.approx(1 - 1.5 / 5)
+    assert correct(outputs, targets, variance(targets)).item() / 4 == pytest.approx(result.accuracy)
+    assert training_loss(outputs, targets).item() == 1.5
+    assert majority_accuracy(targets, targets) == pytest.approx(0)
+    assert majority_accuracy(targets + 10, targets) == pytest.approx(1 - (5 + 100) / 5)
+
+
+def test_bytes_count_as_fractions():
+    images = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8)
+    assert are_numbers(images) and variance(images) == pytest.approx(0.25)
+    assert evaluate(Table(), Split(images, images)).accuracy == 1
+    assert majority_accuracy(images, images) == pytest.approx(0)
+
+
+def test_class_numbers_are_not_numbers():
+    assert not are_numbers(torch.tensor([1, 2])) and variance(torch.tensor([1, 2])) == 1.0
 
 
 def test_majority_is_the_training_splits():

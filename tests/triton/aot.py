@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import re
 import subprocess
 import tempfile
@@ -46,6 +47,7 @@ class Case(NamedTuple):
 
     name: str
     call: Callable[[], object]
+    op: str = "layer_norm"
 
 
 def _layer_norm(
@@ -83,6 +85,60 @@ def _layer_norm(
         )
 
     return call
+
+
+def _conv(
+    input_shape: tuple[int, int, int, int],
+    filters: int,
+    window: int,
+    dtype: torch.dtype,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    activation: int = 1,
+    max_pool: tuple[int, ...] = (),
+    tf32: bool = False,
+) -> Callable:
+    """The launches of a convolution's forward and of all its gradients, channels_last, padded to keep the size."""
+
+    def call():
+        from bigkern.ops.conv import _schema, _triton
+
+        def tensor(*shape):
+            return _schema.new_tensor(torch.empty(0, dtype=dtype), shape, True)
+
+        geometry = ((stride,) * 2, (window // 2,) * 2, (1, 1), groups)
+        x, weight = tensor(*input_shape), tensor(filters, input_shape[1] // groups, window, window)
+        bias = torch.empty(filters, dtype=dtype)
+        results = _triton._forward(x, weight, bias, *geometry, activation, max_pool, tf32, True, True)
+        size = _schema.conv_size(x.shape[2:], weight.shape[2:], *geometry[:3])
+        grad = tensor(*results[0].shape)
+        if activation or max_pool:
+            grad = _triton._backward_epilogue(grad, *results, size, activation, max_pool)
+        _triton._backward_input(grad, weight, x.shape[2:], *geometry, tf32, True)
+        _triton._backward_weight(grad, x, weight.shape[2:], *geometry, tf32, True, True)
+
+    return call
+
+
+def conv_cases() -> list[Case]:
+    """Calls that reach every kernel of convolution, each traversal and each dtype.
+
+    CPU tensors stand in for a GPU's, and what tl.dot is given decides much: bf16 and TF32 take tensor cores, fp32 FMA.
+    """
+    half, full = torch.bfloat16, torch.float32
+    pooled, overlapping = (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1)
+    return [
+        Case("64 3x3 bf16", _conv((8, 64, 56, 56), 64, 3, half), "conv"),
+        Case("256 1x1 bf16, gelu", _conv((8, 256, 28, 28), 128, 1, half, activation=2), "conv"),
+        Case("64 3x3 bf16, stride 2, pooled", _conv((8, 64, 56, 56), 128, 3, half, stride=2, max_pool=pooled), "conv"),
+        Case(
+            "stem 7x7 fp16, pooled", _conv((8, 3, 64, 64), 64, 7, torch.float16, stride=2, max_pool=overlapping), "conv"
+        ),
+        Case("depthwise 3x3 bf16, silu", _conv((8, 96, 28, 28), 96, 3, half, groups=96, activation=4), "conv"),
+        Case("64 3x3 fp32", _conv((8, 64, 28, 28), 64, 3, full, activation=0), "conv"),
+        Case("64 3x3 TF32", _conv((8, 64, 28, 28), 64, 3, full, activation=3, tf32=True), "conv"),
+    ]
 
 
 def cases() -> list[Case]:
@@ -157,11 +213,13 @@ class _Catcher:
 
 
 @contextlib.contextmanager
-def _catching(architecture: int) -> Iterator[list]:
+def _catching(architecture: int, op: str) -> Iterator[list]:
     from triton.runtime import driver
 
     from bigkern.ops import _triton_support
-    from bigkern.ops.layer_norm import _triton, _triton_kernels
+
+    _triton = importlib.import_module(f"bigkern.ops.{op}._triton")
+    _triton_kernels = importlib.import_module(f"bigkern.ops.{op}._triton_kernels")
 
     class Caught:
         pass
@@ -204,7 +262,7 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
 def compile_case(case: Case, architecture: int) -> list[dict]:
     """One row a kernel that the call launches, compiled for the architecture (80, 90, ...): its figures."""
-    with _catching(architecture) as compiled:
+    with _catching(architecture, case.op) as compiled:
         case.call()
     return [
         {
@@ -221,4 +279,5 @@ def compile_case(case: Case, architecture: int) -> list[dict]:
 
 def static_report(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     """Every kernel of every case for every architecture, for tables."""
-    return [row for case in cases() for architecture in architectures for row in compile_case(case, architecture)]
+    every = [*cases(), *conv_cases()]
+    return [row for case in every for architecture in architectures for row in compile_case(case, architecture)]

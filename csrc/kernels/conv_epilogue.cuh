@@ -1,0 +1,220 @@
+// What follows the sum of products: bias, activation, max pool; and their way back.
+#pragma once
+
+#include "kernels/conv_gemm.cuh"
+
+namespace bigkern {
+namespace conv {
+
+constexpr float kSqrtHalf = 0.70710678118654752f;         // 1 / sqrt(2)
+constexpr float kInverseSqrtTwoPi = 0.3989422804014327f;  // of the normal density
+constexpr float kTanhScale = 0.7978845608028654f;         // sqrt(2 / pi)
+constexpr float kTanhCubic = 0.044715f;
+
+// NaN passes through every one, as in torch.
+__device__ __forceinline__ float activate(float x, ConvActivation activation) {
+  switch (activation) {
+    case ConvActivation::kRelu:
+      return x < 0.0f ? 0.0f : x;
+    case ConvActivation::kGelu:
+      return 0.5f * x * (1.0f + erff(x * kSqrtHalf));
+    case ConvActivation::kGeluTanh:
+      return 0.5f * x * (1.0f + tanhf(kTanhScale * (x + kTanhCubic * x * x * x)));
+    case ConvActivation::kSilu:
+      return x / (1.0f + expf(-x));
+    default:
+      return x;
+  }
+}
+
+// The activation's derivative: of relu at what it returned, of the others at what they were given.
+__device__ __forceinline__ float activation_slope(float x, ConvActivation activation) {
+  switch (activation) {
+    case ConvActivation::kRelu:
+      return x <= 0.0f ? 0.0f : 1.0f;
+    case ConvActivation::kGelu:
+      return 0.5f * (1.0f + erff(x * kSqrtHalf)) + x * kInverseSqrtTwoPi * expf(-0.5f * x * x);
+    case ConvActivation::kGeluTanh: {
+      const float t = tanhf(kTanhScale * (x + kTanhCubic * x * x * x));
+      return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * kTanhScale * (1.0f + 3.0f * kTanhCubic * x * x);
+    }
+    case ConvActivation::kSilu: {
+      const float sigmoid = 1.0f / (1.0f + expf(-x));
+      return sigmoid * (1.0f + x * (1.0f - sigmoid));
+    }
+    default:
+      return 1.0f;
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ void load_floats(const T* p, float (&values)[V]) {
+  const Vec<T, V> loaded = load_vec<T, V>(p);
+#pragma unroll
+  for (int j = 0; j < V; j++) values[j] = to_float(loaded.v[j]);
+}
+
+// The first `count` of V values, at once where they are all there and aligned.
+template <class T, int V>
+__device__ __forceinline__ void store_some(T* p, const Vec<T, V>& values, int count, bool whole) {
+  if (whole) {
+    if constexpr (sizeof(T) * V == 16) {
+      __stcg(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&values));
+    } else {
+      store_vec<T, V>(p, values);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < V; j++) {
+    if (j < count) p[j] = values.v[j];
+  }
+}
+
+// The running maximum of a window, element by element of V channels: the first of equal ones, the last NaN.
+template <class T, int V>
+struct WindowMax {
+  float value[V];
+  int place[V];
+  bool any = false;
+
+  __device__ __forceinline__ void take(const float (&candidates)[V], int at) {
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+      const float candidate = to_float(from_float<T>(candidates[j]));
+      if (!any || candidate > value[j] || candidate != candidate) {
+        value[j] = candidate;
+        place[j] = at;
+      }
+    }
+    any = true;
+  }
+};
+
+// Stores activation(sum + bias), or its maxima over the pooling windows, with the channels of a place contiguous.
+template <class T>
+struct StoreOutput {
+  const T* bias;        // or null
+  T* output;            // places x row_filters
+  T* preactivation;     // or null
+  uint8_t* argmax;      // or null
+  int64_t row_filters;  // of all groups
+  ConvActivation activation;
+  bool vectors;  // whole vectors of filters, aligned
+
+  template <class Shape>
+  __device__ __forceinline__ void store(const GemmParams& p, const TilePlace& tile, const float* results,
+                                        const int64_t* places) const {
+    constexpr int V = kVecElements<T>, kColumns = Shape::kN / V;
+    static_assert(Shape::kThreads % kColumns == 0, "a thread keeps its columns");
+    const int col = threadIdx.x % kColumns * V;
+    const int count = p.filters - tile.n * Shape::kN - col;
+    if (count <= 0) return;
+    const int64_t first = int64_t{tile.group} * p.filters + tile.n * Shape::kN + col;
+    const bool whole = vectors && count >= V;
+    float shift[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) shift[j] = bias != nullptr && j < count ? to_float(bias[first + j]) : 0.0f;
+
+    auto sums = [&](int row, float (&values)[V]) {
+      load_results<Shape>(results, row, col, values);
+#pragma unroll
+      for (int j = 0; j < V; j++) values[j] += shift[j];
+    };
+    if (p.pool_tile == PoolTile::kNone) {
+      for (int row = threadIdx.x / kColumns; row < Shape::kM; row += Shape::kThreads / kColumns) {
+        const int64_t place = places[row];
+        if (place < 0) continue;
+        float values[V];
+        sums(row, values);
+        const int64_t offset = place * row_filters + first;
+        Vec<T, V> rounded;
+        if (preactivation != nullptr) {
+#pragma unroll
+          for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(values[j]);
+          store_some(preactivation + offset, rounded, count, whole);
+        }
+#pragma unroll
+        for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(activate(values[j], activation));
+        store_some(output + offset, rounded, count, whole);
+      }
+      return;
+    }
+    for (int window = threadIdx.x / kColumns; window < p.windows; window += Shape::kThreads / kColumns) {
+      int row;
+      const int64_t place = pooled_place(p, tile, window, row);
+      if (place < 0) continue;
+      const int pitch = p.pool_tile == PoolTile::kBox ? p.box_w : p.pool.kernel_w;
+      WindowMax<T, V> best;
+      for (int y = 0; y < p.pool.kernel_h; y++) {
+        for (int x = 0; x < p.pool.kernel_w; x++) {
+          const int at = row + y * pitch + x;
+          if (places[at] < 0) continue;
+          float values[V];
+          sums(at, values);
+#pragma unroll
+          for (int j = 0; j < V; j++) values[j] = activate(values[j], activation);
+          best.take(values, y * p.pool.kernel_w + x);
+        }
+      }
+      const int64_t offset = place * row_filters + first;
+      Vec<T, V> rounded;
+#pragma unroll
+      for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(best.value[j]);
+      store_some(output + offset, rounded, count, whole);
+      if (argmax != nullptr) {
+        Vec<uint8_t, V> at;
+#pragma unroll
+        for (int j = 0; j < V; j++) at.v[j] = static_cast<uint8_t>(best.place[j]);
+        store_some(argmax + offset, at, count, whole);
+      }
+      if (preactivation != nullptr) {
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+          const int at = row + best.place[j] / p.pool.kernel_w * pitch + best.place[j] % p.pool.kernel_w;
+          rounded.v[j] = from_float<T>(results[at * kResultPitch<Shape> + col + j] + shift[j]);
+        }
+        store_some(preactivation + offset, rounded, count, whole);
+      }
+    }
+  }
+
+ private:
+  // V results of a row. Of 8, lanes 4 to 7 of every 8 read their second half first: 8 lanes then read 128 different
+  // bytes of the 256 that are theirs.
+  template <class Shape, int V>
+  static __device__ __forceinline__ void load_results(const float* results, int row, int col, float (&values)[V]) {
+    const float* const p = results + row * kResultPitch<Shape> + col;
+    if constexpr (V == 4) {
+      const float4 all = *reinterpret_cast<const float4*>(p);
+      values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
+    } else {
+      const bool swap = threadIdx.x & 4;
+      const float4 one = *reinterpret_cast<const float4*>(p + (swap ? 4 : 0));
+      const float4 other = *reinterpret_cast<const float4*>(p + (swap ? 0 : 4));
+      const float4 low = swap ? other : one, high = swap ? one : other;
+      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    }
+  }
+
+  // The pooled place of a tile's window, or -1, and the row of the tile that the window starts at.
+  static __device__ __forceinline__ int64_t pooled_place(const GemmParams& p, const TilePlace& tile, int window,
+                                                         int& row) {
+    if (p.pool_tile == PoolTile::kWindows) {
+      row = window * p.pool.kernel_h * p.pool.kernel_w;
+      const int64_t place = tile.m * p.windows + window;
+      return place < p.images * p.pool.out_h * p.pool.out_w ? place : -1;
+    }
+    const int i = window / p.tile_w, j = window % p.tile_w;
+    row = i * p.pool.stride_h * p.box_w + j * p.pool.stride_w;
+    const int64_t line = tile.m / p.boxes_w, image = line / p.boxes_h;
+    const int out_h = static_cast<int>(line - image * p.boxes_h) * p.tile_h + i;
+    const int out_w = static_cast<int>(tile.m - line * p.boxes_w) * p.tile_w + j;
+    if (out_h >= p.pool.out_h || out_w >= p.pool.out_w) return -1;
+    return (image * p.pool.out_h + out_h) * p.pool.out_w + out_w;
+  }
+};
+
+}  // namespace conv
+}  // namespace bigkern
