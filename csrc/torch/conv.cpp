@@ -132,11 +132,6 @@ Ints sizes_of(const char* op, const char* name, const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
-template <class F>
-int dispatch(const char* op, ScalarType dtype, F&& f) {
-  return binding::dispatch_types(op, dtype, dtype, std::forward<F>(f));
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Ints& stride, const Ints& padding, const Ints& dilation,
                                            int64_t groups, int64_t activation, const Ints& max_pool, bool tf32,
@@ -172,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& we
 
   const DeviceScope device(input);
   Workspace workspace(input);
-  const int code = dispatch(kOp, dtype, [&](auto types) {
-    return conv_forward<typename decltype(types)::T>(params, device.stream(), std::ref(workspace));
+  const int code = binding::dispatch_type(kOp, dtype, [&](auto type) {
+    return conv_forward<typename decltype(type)::T>(params, device.stream(), std::ref(workspace));
   });
   binding::check_launch(kOp, code);
   return {output, preactivation, argmax};
@@ -215,8 +210,8 @@ Tensor backward_epilogue(const Tensor& grad_output, const Tensor& output, const 
 
   const DeviceScope device(grad_output);
   Workspace workspace(grad_output);
-  const int code = dispatch(kOp, dtype, [&](auto types) {
-    return conv_backward_epilogue<typename decltype(types)::T>(params, device.stream(), std::ref(workspace));
+  const int code = binding::dispatch_type(kOp, dtype, [&](auto type) {
+    return conv_backward_epilogue<typename decltype(type)::T>(params, device.stream(), std::ref(workspace));
   });
   binding::check_launch(kOp, code);
   return grad_conv;
@@ -244,8 +239,8 @@ Tensor backward_input(const Tensor& grad_conv, const Tensor& weight, const Ints&
 
   const DeviceScope device(grad_conv);
   Workspace workspace(grad_conv);
-  const int code = dispatch(kOp, dtype, [&](auto types) {
-    return conv_backward_input<typename decltype(types)::T>(params, device.stream(), std::ref(workspace));
+  const int code = binding::dispatch_type(kOp, dtype, [&](auto type) {
+    return conv_backward_input<typename decltype(type)::T>(params, device.stream(), std::ref(workspace));
   });
   binding::check_launch(kOp, code);
   return grad_input;
@@ -277,8 +272,8 @@ std::tuple<Tensor, Tensor> backward_weight(const Tensor& grad_conv, const Tensor
 
   const DeviceScope device(grad_conv);
   Workspace workspace(grad_conv);
-  const int code = dispatch(kOp, dtype, [&](auto types) {
-    return conv_backward_weight<typename decltype(types)::T>(params, device.stream(), std::ref(workspace));
+  const int code = binding::dispatch_type(kOp, dtype, [&](auto type) {
+    return conv_backward_weight<typename decltype(type)::T>(params, device.stream(), std::ref(workspace));
   });
   binding::check_launch(kOp, code);
   return {grad_weight, grad_bias};
