@@ -232,9 +232,7 @@ class _Launch:
 
     def grad_norm(self, grad_scale: Tensor | None) -> Tensor:
         tables = self._point()
-        return self._module.grad_norm(
-            tables.tensors, tables.chunk_ends, tables.grads, tables.scratch, 2.0, grad_scale
-        )
+        return self._module.grad_norm(tables.tensors, tables.chunk_ends, tables.grads, tables.scratch, 2.0, grad_scale)
 
     def run(
         self, optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None, total_norm: Tensor | None

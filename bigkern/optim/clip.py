@@ -56,7 +56,7 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     tables = [(module, _tables([grad for grad in grads if grad.device == device])) for device, module in modules]
     if len(tables) == 1 and not error_if_nonfinite:
-        (module, table), = tables
+        ((module, table),) = tables
         return module.clip_grads(table.tensors, table.chunk_ends, table.grads, table.scratch, norm_type, max_norm)
     norms = [
         module.grad_norm(table.tensors, table.chunk_ends, table.grads, table.scratch, norm_type, None)

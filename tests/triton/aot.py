@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import re
 import subprocess
 import tempfile
@@ -46,6 +47,7 @@ class Case(NamedTuple):
 
     name: str
     call: Callable[[], object]
+    op: str = "layer_norm"
 
 
 def _layer_norm(
@@ -83,6 +85,47 @@ def _layer_norm(
         )
 
     return call
+
+
+def _optimizer(launch: Callable) -> Callable:
+    """A launch of an optimizer's raw op on tables of two tensors; what they point at does not matter."""
+
+    def call():
+        from bigkern.ops.adam import _triton
+        from bigkern.ops.adam._plan import SCRATCH_WORDS, Column, Hyper
+
+        tensors, hyper = torch.zeros(2, len(Column), dtype=torch.int64), torch.zeros(1, len(Hyper), dtype=torch.float64)
+        ends, grads = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        launch(_triton, tensors, ends, grads, hyper, torch.zeros(SCRATCH_WORDS, dtype=torch.int64))
+
+    return call
+
+
+def _step(kernel: str, *, extras: bool) -> Callable:
+    """A step, with everything that changes the code: GradScaler, clipping, zeroed gradients, stochastic rounding."""
+    scalar = torch.zeros(()) if extras else None
+    philox = torch.zeros(2, dtype=torch.int64) if extras else None
+
+    def launch(_triton, tensors, ends, grads, hyper, scratch):
+        _triton._step(kernel)(tensors, ends, grads, hyper, scratch, scalar, scalar, scalar, 1.0, extras, philox)
+
+    return _optimizer(launch)
+
+
+def optimizer_cases() -> list[Case]:
+    """Calls that reach every kernel of the optimizers."""
+    return [
+        Case("adam", _step("adam_step_kernel", extras=False), "adam"),
+        Case("adam with all extras", _step("adam_step_kernel", extras=True), "adam"),
+        Case("sgd", _step("sgd_step_kernel", extras=False), "adam"),
+        Case("sgd with all extras", _step("sgd_step_kernel", extras=True), "adam"),
+        *(
+            Case(
+                f"clip, norm {p:g}", _optimizer(lambda t, a, b, c, h, s, p=p: t._clip_grads(a, b, c, s, p, 1.0)), "adam"
+            )
+            for p in (1.0, 2.0, 3.0, float("inf"))
+        ),
+    ]
 
 
 def cases() -> list[Case]:
@@ -157,11 +200,13 @@ class _Catcher:
 
 
 @contextlib.contextmanager
-def _catching(architecture: int) -> Iterator[list]:
+def _catching(architecture: int, op: str) -> Iterator[list]:
     from triton.runtime import driver
 
     from bigkern.ops import _triton_support
-    from bigkern.ops.layer_norm import _triton, _triton_kernels
+
+    _triton = importlib.import_module(f"bigkern.ops.{op}._triton")
+    _triton_kernels = importlib.import_module(f"bigkern.ops.{op}._triton_kernels")
 
     class Caught:
         pass
@@ -204,7 +249,7 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
 def compile_case(case: Case, architecture: int) -> list[dict]:
     """One row a kernel that the call launches, compiled for the architecture (80, 90, ...): its figures."""
-    with _catching(architecture) as compiled:
+    with _catching(architecture, case.op) as compiled:
         case.call()
     return [
         {

@@ -136,7 +136,9 @@ def _compose(step: Step, update: Update, maximize: bool) -> None:
         # torch's step negates the gradient to maximize; the penalty is minimised all the same.
         l1 = -step.l1 if maximize else step.l1
         grads = [grad.add(torch.sgn(param), alpha=l1) for grad, param in zip(grads, params, strict=True)]
-    wide = {name: [state if state is None else _wide(state) for state in states] for name, states in step.states.items()}
+    wide = {
+        name: [state if state is None else _wide(state) for state in states] for name, states in step.states.items()
+    }
     update(params, grads, wide, {})
     for name, states in step.states.items():
         for i, (state, updated) in enumerate(zip(states, wide[name], strict=True)):

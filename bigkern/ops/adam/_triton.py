@@ -21,7 +21,7 @@ _STATES = {
 
 # Programs a multiprocessor; a program that finds no chunk ends at once.
 _RESIDENT = 8
-_WARPS = 4
+_WARPS = 8
 
 # Tensors whose step one program counts.
 _COUNTED = 1024
@@ -38,7 +38,9 @@ def unsupported(param: Tensor, moment_dtype: torch.dtype | None, request: str) -
         return reason
     if moment_dtype is not None and moment_dtype not in _STATES[param.dtype]:
         served = " and ".join(map(str, _STATES[param.dtype]))
-        return f"the states are {moment_dtype} and the parameter {param.dtype}; beside it Triton's kernels take {served}"
+        return (
+            f"the states are {moment_dtype} and the parameter {param.dtype}; beside it Triton's kernels take {served}"
+        )
     return None
 
 

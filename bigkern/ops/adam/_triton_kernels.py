@@ -67,21 +67,41 @@ def _place(address, element, TYPE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def _spread(flag, element):
+    """A scalar condition for each element.  By way of int8: the interpreter mistakes the type of a broadcast condition."""
+    return tl.broadcast_to(flag.to(tl.int8), element.shape) != 0
+
+
+@triton.jit
 def _load(address, code, element, inside, FAST: tl.constexpr):
     """Elements of the type that the code names, as fp32; zeros where the address is 0."""
-    there = inside & (address != 0)
-    single = tl.load(_place(address, element, tl.float32, FAST), mask=there & (code == 0), other=0.0)
-    brain = tl.load(_place(address, element, tl.bfloat16, FAST), mask=there & (code == 1), other=0.0)
-    half = tl.load(_place(address, element, tl.float16, FAST), mask=there & (code == 2), other=0.0)
+    there = address != 0
+    single = tl.load(
+        _place(address, element, tl.float32, FAST), mask=inside & _spread(there & (code == 0), element), other=0.0
+    )
+    brain = tl.load(
+        _place(address, element, tl.bfloat16, FAST), mask=inside & _spread(there & (code == 1), element), other=0.0
+    )
+    half = tl.load(
+        _place(address, element, tl.float16, FAST), mask=inside & _spread(there & (code == 2), element), other=0.0
+    )
     return single + brain.to(tl.float32) + half.to(tl.float32)
 
 
 @triton.jit
 def _store(address, code, element, values, inside, FAST: tl.constexpr):
-    there = inside & (address != 0)
-    tl.store(_place(address, element, tl.float32, FAST), values, mask=there & (code == 0))
-    tl.store(_place(address, element, tl.bfloat16, FAST), values.to(tl.bfloat16), mask=there & (code == 1))
-    tl.store(_place(address, element, tl.float16, FAST), values.to(tl.float16), mask=there & (code == 2))
+    there = address != 0
+    tl.store(_place(address, element, tl.float32, FAST), values, mask=inside & _spread(there & (code == 0), element))
+    tl.store(
+        _place(address, element, tl.bfloat16, FAST),
+        values.to(tl.bfloat16),
+        mask=inside & _spread(there & (code == 1), element),
+    )
+    tl.store(
+        _place(address, element, tl.float16, FAST),
+        values.to(tl.float16),
+        mask=inside & _spread(there & (code == 2), element),
+    )
 
 
 @triton.jit
@@ -165,11 +185,11 @@ def _finish(
         stochastic = ((flags & _STOCHASTIC_ROUNDING) != 0) & (code == 1) & (master == 0)
         stored = tl.where(stochastic, _round_stochastically(param, philox, step, chunk, CHUNK), param)
     _store(tl.load(row + _PARAM), code, element, stored, inside, FAST)
-    _store(master, 0, element, param, inside, FAST)
-    average = _load(ema, 0, element, inside, FAST)
+    _store(master, master * 0, element, param, inside, FAST)
+    average = _load(ema, ema * 0, element, inside, FAST)
     weight = (1.0 - tl.load(options + _EMA_DECAY)).to(tl.float32)
     current = tl.where(master != 0, param, _rounded(stored, code))
-    _store(ema, 0, element, _lerp(average, current, weight), inside, FAST)
+    _store(ema, ema * 0, element, _lerp(average, current, weight), inside, FAST)
 
 
 @triton.jit
@@ -190,8 +210,8 @@ def _adam_chunk(
     master, avg, avg_sq = tl.load(row + _MASTER), tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ)
     max_avg_sq = tl.load(row + _MAX_EXP_AVG_SQ)
     grad = _load(grad_address, code, element, inside, FAST)
-    param = _load(tl.load(row + _PARAM), code, element, inside & (master == 0), FAST)
-    param += _load(master, 0, element, inside, FAST)
+    param = _load(tl.load(row + _PARAM), code, element, inside & _spread(master == 0, element), FAST)
+    param += _load(master, master * 0, element, inside, FAST)
     param, grad = _prepared(param, grad, options, lr, factor, flags)
     first = _lerp(_load(avg, state_code, element, inside, FAST), grad, (1.0 - beta1).to(tl.float32))
     second = _load(avg_sq, state_code, element, inside, FAST) * beta2.to(tl.float32)
@@ -224,8 +244,8 @@ def _sgd_chunk(
 
     master, buffer = tl.load(row + _MASTER), tl.load(row + _EXP_AVG)
     grad = _load(grad_address, code, element, inside, FAST)
-    param = _load(tl.load(row + _PARAM), code, element, inside & (master == 0), FAST)
-    param += _load(master, 0, element, inside, FAST)
+    param = _load(tl.load(row + _PARAM), code, element, inside & _spread(master == 0, element), FAST)
+    param += _load(master, master * 0, element, inside, FAST)
     param, grad = _prepared(param, grad, options, lr, factor, flags)
     former = _load(buffer, state_code, element, inside, FAST)
     velocity = tl.where(step == 1.0, grad, former * momentum + damping * grad)
@@ -280,7 +300,7 @@ def adam_step_kernel(
                 _zero_chunk(row, grad_address, element, element < numel)
         elif whole:
             _adam_chunk(
-                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, whole, factor,
+                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane), factor,
                 True, ZERO_GRADS, CHUNK
             )  # fmt: skip
         else:
@@ -310,7 +330,7 @@ def sgd_step_kernel(
                 _zero_chunk(row, grad_address, element, element < numel)
         elif whole:
             _sgd_chunk(
-                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, whole, factor,
+                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane), factor,
                 True, ZERO_GRADS, CHUNK
             )  # fmt: skip
         else:
@@ -342,7 +362,7 @@ def grad_norm_partial_kernel(
         row, grad_address, first, numel = _chunk(tensors, chunk_ends, grads, chunk, count, CHUNK)
         code = tl.load(row + _DTYPES) & 255
         if (first + CHUNK <= numel) & (grad_address % 16 == 0):
-            values = _load(grad_address, code, tl.multiple_of(first, CHUNK) + lane, first >= 0, True)
+            values = _load(grad_address, code, tl.multiple_of(first, CHUNK) + lane, _spread(first >= 0, lane), True)
         else:
             values = _load(grad_address, code, first + lane, first + lane < numel, False)
         size = tl.abs(values).to(tl.float64)
@@ -361,9 +381,7 @@ def grad_norm_partial_kernel(
 
 
 @triton.jit(do_not_specialize=["programs", "norm_type"])
-def grad_norm_finish_kernel(
-    scratch, grad_scale, norm, programs, norm_type, KIND: tl.constexpr, BLOCK: tl.constexpr
-):
+def grad_norm_finish_kernel(scratch, grad_scale, norm, programs, norm_type, KIND: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.arange(0, BLOCK)
     parts = tl.load((scratch + 2).to(tl.pointer_type(tl.float64)) + program, mask=program < programs, other=0.0)
     if KIND == -1:
@@ -390,8 +408,8 @@ def scale_grads_kernel(tensors, chunk_ends, grads, norm, count, max_norm, CHUNK:
         code = tl.load(row + _DTYPES) & 255
         if (first + CHUNK <= numel) & (grad_address % 16 == 0):
             element = tl.multiple_of(first, CHUNK) + lane
-            values = _load(grad_address, code, element, first >= 0, True)
-            _store(grad_address, code, element, values * factor, first >= 0, True)
+            values = _load(grad_address, code, element, _spread(first >= 0, lane), True)
+            _store(grad_address, code, element, values * factor, _spread(first >= 0, lane), True)
         else:
             element = first + lane
             values = _load(grad_address, code, element, element < numel, False)
