@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from bigkern.ops.adam._plan import Column, Flag, pointer_bits
 from bigkern.ops.adam._torch import Step, fuses
-from bigkern.optim._plan import Plan, is_distributed, local
+from bigkern.optim._plan import Plan, local
 
 _EXTRAS = ("max_norm", "zero_grads", "ema_decay", "master_weights", "moment_dtype", "stochastic_rounding", "l1")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NARROW = (torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
 _MASTER, _EMA = "master_param", "ema_param"
 
 
@@ -223,7 +222,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _state_names(self, group: dict[str, Any], param: Tensor) -> tuple[str, ...]:
         names = self._moment_names(group)
-        if self.master_weights and param.dtype in _NARROW:
+        if self.master_weights and param.dtype in NARROW:
             names = (*names, _MASTER)
         if self._extra(group, "ema_decay") is not None:
             names = (*names, _EMA)
@@ -316,14 +315,10 @@ class Optimizer(torch.optim.Optimizer):
     def _torch_implementation(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, bool | None]:
         """torch's arguments ``foreach`` and ``fused``: what was asked for, or else the fused kernels where they can."""
         foreach, fused = group["foreach"], group["fused"]
-        if (
-            foreach is None
-            and fused is None
-            and self._option_objection(group) is None
-            and not any(isinstance(group[name], Tensor) for name in ("lr", "weight_decay"))
-            and all(fuses(param) and not param.grad.is_sparse for param in params)
-        ):
-            fused = True
+        if foreach is None and fused is None and self._option_objection(group) is None:
+            fused = None if any(isinstance(group[name], Tensor) for name in ("lr", "weight_decay")) else True
+        if fused and not all(map(fuses, params)):
+            fused = None
         return {"foreach": foreach, "fused": fused}
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

@@ -1,8 +1,8 @@
 """One step's launches: which backend serves which parameter, over tables that are rebuilt when they must be.
 
-A launch works on addresses, and tensors move: gradients are reallocated after ``zero_grad()``, parameters by ``.data =``
-and ``.to()``, states by ``load_state_dict`` and by those who park them on the CPU between steps.  So each step reads
-every address again and compares it, with dtypes, shapes and strides, before it launches anything.
+A launch works on addresses, and tensors move: gradients are reallocated after ``zero_grad()``, parameters by
+``.data =`` and ``.to()``, states by ``load_state_dict`` and by those who park them on the CPU between steps.  So each
+step reads every address again and compares it, with dtypes, shapes and strides, before it launches anything.
 """
 
 from __future__ import annotations

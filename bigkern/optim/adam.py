@@ -32,7 +32,7 @@ class Adam(Optimizer):
     A ``state_dict`` goes both ways between torch.optim and this class, in the middle of training.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, decoupled_weight_decay: as torch.optim.Adam.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, decoupled_weight_decay: as torch's.
             weight_decay is L2 regularisation: the gradient of ``weight_decay / 2 * sum(p^2)`` is added.  A tensor lr
             on the parameters' device is read by the kernel, so that a replayed CUDA graph follows it.
         foreach, fused: choose, as in torch.optim, among torch's implementations where the torch backend runs; both

@@ -53,7 +53,9 @@ def clip_grad_norm_(
         (grad.device, implementation("clip_grads", grad, None, objection)) for grad in _representatives(grads)
     )
     if not grads or any(module is TORCH for _, module in modules):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        # torch's infinity norm refuses empty tensors, of which nothing is to be clipped.
+        clipped = [param for param in parameters if param.grad is not None and param.grad.numel() > 0]
+        return torch.nn.utils.clip_grad_norm_(clipped, max_norm, norm_type, error_if_nonfinite, foreach)
     tables = [(module, _tables([grad for grad in grads if grad.device == device])) for device, module in modules]
     if len(tables) == 1 and not error_if_nonfinite:
         ((module, table),) = tables

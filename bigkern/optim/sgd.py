@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from bigkern.ops.adam import TORCH
 from bigkern.ops.adam._plan import Column, Flag
 from bigkern.ops.adam._torch import Step
-from bigkern.optim._optimizer import Optimizer
+from bigkern.optim._optimizer import NARROW, Optimizer
 
 
 class SGD(Optimizer):
@@ -116,7 +116,7 @@ class SGD(Optimizer):
         self, params: list[Tensor], groups: list[int], created: list[bool], device: torch.device
     ) -> list[Tensor | None]:
         """Only a new buffer has one: a first step without dampening is the formula's, from a buffer of zeros."""
-        for param, new, index in zip(params, created, groups, strict=True):
+        for param, new in zip(params, created, strict=True):
             if new and "momentum_buffer" in self.state[param]:
                 self._first_steps[param] = torch.zeros((), device=device)
         return [self._first_steps.get(param) for param in params]
@@ -138,6 +138,13 @@ class SGD(Optimizer):
         if group["momentum"] != 0:
             for param, buffer in zip(step.params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
+
+    def _torch_implementation(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, bool | None]:
+        chosen = super()._torch_implementation(group, params)
+        # torch's fused SGD is wrong for 16-bit parameters on the CPU, by whole steps (seen in torch 2.13).
+        if chosen["fused"] and any(param.is_cpu and param.dtype in NARROW for param in params):
+            chosen["fused"] = False
+        return chosen
 
     def _sparse_refusal(self) -> str | None:
         return None

@@ -1,4 +1,4 @@
-"""Adam, SGD and the norm of gradients, each over a whole list of tensors in one launch: what :mod:`bigkern.optim` calls.
+"""Adam, SGD and the norm of gradients, each over a list of tensors in one launch: what :mod:`bigkern.optim` calls.
 
 Kingma, Ba, "Adam: A Method for Stochastic Optimization", 2015 (arXiv:1412.6980); Reddi, Kale, Kumar, "On the
 Convergence of Adam and Beyond", 2018 (AMSGrad, arXiv:1904.09237); Loshchilov, Hutter, "Decoupled Weight Decay

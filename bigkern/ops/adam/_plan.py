@@ -7,6 +7,7 @@ change from step to step; ``hyper`` (groups x len(Hyper), float64) the options o
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from array import array
 from collections.abc import Sequence
@@ -82,10 +83,8 @@ class Layouts:
         if TensorGuards is not None and tensors:
             sizes = [list(tensor.shape) for tensor in tensors]
             strides = [list(tensor.stride()) for tensor in tensors]
-            try:
+            with contextlib.suppress(TypeError):  # another torch's signature
                 self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-            except TypeError:  # another torch's signature
-                pass
 
     def match(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` are laid out as those that the object was made from, one by one."""
@@ -115,7 +114,9 @@ def is_dense(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return True
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
         if stride != expected:
             return False
         expected *= size
@@ -180,7 +181,7 @@ class Tables:
             self.grads = uploaded[: len(grads)]
             self.hyper = uploaded[len(grads) :].view(torch.float64).view(-1, len(Hyper))
             self._pointed = grads, hyper
-            # The allocator of pinned memory keeps a block until the copy from it is done, but not for a graph's replays.
+            # The allocator of pinned memory keeps a block until it has been copied, but not for a graph's replays.
             if capturing:
                 self._captured.append((uploaded, host))
 

@@ -22,6 +22,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from bigkern.ops.adam._plan import is_dense
+
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -57,9 +59,15 @@ def unsupported(tensor: Tensor, moment_dtype: torch.dtype | None, request: str) 
     return None
 
 
-def fuses(tensor: Tensor) -> bool:
-    """Whether torch's fused optimizers take the tensor."""
-    return tensor.dtype in _FUSED_DTYPES and tensor.device.type in _FUSED_DEVICES
+def fuses(param: Tensor) -> bool:
+    """Whether torch's fused optimizers take the parameter; on a CPU they walk over it and its gradient in memory."""
+    grad = param.grad
+    return (
+        param.dtype in _FUSED_DTYPES
+        and param.device.type in _FUSED_DEVICES
+        and not grad.is_sparse
+        and ((param.is_contiguous() and grad.is_contiguous()) or (param.stride() == grad.stride() and is_dense(param)))
+    )
 
 
 def adam_step(step: Step, steps: list[Tensor], options: dict[str, Any]) -> None:
@@ -79,8 +87,9 @@ def sgd_step(step: Step, options: dict[str, Any]) -> None:
     """
     buffers = step.states["momentum_buffer"]
     absent = sum(buffer is None for buffer in buffers)
-    if options["momentum"] != 0 and 0 < absent < len(buffers):
-        options = {**options, "fused": False}  # torch's fused kernel takes all buffers or none
+    if options["momentum"] != 0 and absent and (absent < len(buffers) or step.found_inf is not None):
+        # torch's fused kernel takes all buffers or none, and leaves new ones unwritten when it skips the step.
+        options = {**options, "fused": False}
 
     def update(params: list[Tensor], grads: list[Tensor], states: dict[str, list], scaling: dict[str, Any]) -> None:
         sgd(params, grads, states["momentum_buffer"], **options, **scaling)
@@ -105,7 +114,7 @@ def _step(step: Step, update: Update, options: dict[str, Any]) -> None:
         or any(
             state is not None and state.dtype != param.dtype
             for states in step.states.values()
-            for param, state in zip(step.params, states)
+            for param, state in zip(step.params, states, strict=True)
         )
         or (step.moment_dtype is not None and any(step.moment_dtype != param.dtype for param in step.params))
     )

@@ -68,7 +68,7 @@ def _place(address, element, TYPE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _spread(flag, element):
-    """A scalar condition for each element.  By way of int8: the interpreter mistakes the type of a broadcast condition."""
+    """A scalar condition for each element; by way of int8, because the interpreter mistakes a broadcast bool's type."""
     return tl.broadcast_to(flag.to(tl.int8), element.shape) != 0
 
 
@@ -300,8 +300,8 @@ def adam_step_kernel(
                 _zero_chunk(row, grad_address, element, element < numel)
         elif whole:
             _adam_chunk(
-                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane), factor,
-                True, ZERO_GRADS, CHUNK
+                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane),
+                factor, True, ZERO_GRADS, CHUNK
             )  # fmt: skip
         else:
             _adam_chunk(
@@ -330,8 +330,8 @@ def sgd_step_kernel(
                 _zero_chunk(row, grad_address, element, element < numel)
         elif whole:
             _sgd_chunk(
-                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane), factor,
-                True, ZERO_GRADS, CHUNK
+                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane),
+                factor, True, ZERO_GRADS, CHUNK
             )  # fmt: skip
         else:
             _sgd_chunk(
