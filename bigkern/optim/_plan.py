@@ -121,6 +121,8 @@ class Plan:
                 zero_grads=optimizer.zero_grads,
             )
             optimizer._torch_step(step, group)
+            if not group["differentiable"]:
+                _changed(params)
         # Torch groups keep no tables; but the first step gave them states.
         self._states = list(optimizer.state.values()) if self._torch_groups and self._launches else self._states
 
@@ -258,8 +260,7 @@ class _Launch:
             for grad, _ in self._strided:
                 grad.detach().zero_()
         self._strided = []
-        # autograd shall notice, as after any operator in place, when a backward pass needs the values from before.
-        torch.autograd.graph.increment_version(self._locals)
+        _changed(self._locals)
 
     def _point(self) -> Tables:
         self.tables.point_at(*self._pending)
@@ -310,6 +311,11 @@ def _objection(param: Tensor, here: Tensor) -> str | None:
     if not is_dense(here):
         return f"a parameter of shape {tuple(here.shape)} has strides {here.stride()}, with gaps or overlaps"
     return None
+
+
+def _changed(params: list[Tensor]) -> None:
+    """autograd shall notice when a backward pass needs the values from before.  torch's fused steps do not tell it."""
+    torch.autograd.graph.increment_version(params)
 
 
 def _same(a: list, b: Any) -> bool:
