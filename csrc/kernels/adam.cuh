@@ -24,69 +24,104 @@
 #include "kernels/adam.h"
 #include "kernels/optimizer_step.cuh"
 
-#include <cmath>
-
 namespace bigkern {
 namespace adam {
+
+// beta^step by squaring: to some hundred roundings of 1 - beta^step in double, for few registers where pow() takes
+// many; made of products alone, it has the same bits on every machine.
+__device__ __forceinline__ double power(double beta, float step) {
+  double result = 1.0;
+  for (unsigned exponent = static_cast<unsigned>(step); exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) result *= beta;
+    beta *= beta;
+  }
+  return result;
+}
+
+// A divisor that all elements share, with its reciprocal: the quotient has division's bits (Markstein, "Computation of
+// elementary functions on the IBM RISC System/6000 processor", 1990), for three instructions and no subroutine, across
+// which ptxas would spill.
+struct Divisor {
+  float value, reciprocal;
+
+  __device__ __forceinline__ float divide(float x) const {
+    const float quotient = __fmul_rn(x, reciprocal);
+    const float corrected = __fmaf_rn(__fmaf_rn(-value, quotient, x), reciprocal, quotient);
+    return quotient < INFINITY ? corrected : quotient;
+  }
+};
 
 struct Rule {
   struct Scalars {
     optimizer_step::Lerp lerp1;
-    float beta2, rest2;  // rest2 = 1 - beta2
-    float step_size;     // negative
-    float correction2;   // sqrt(1 - beta2^t)
+    float beta2, rest2;   // rest2 = 1 - beta2
+    float step_size;      // negative
+    Divisor correction2;  // sqrt(1 - beta2^t)
     float eps;
   };
 
-  static __device__ __forceinline__ Scalars scalars(const double* hyper, int, double lr, double step) {
+  static __device__ __forceinline__ Scalars scalars(const double* hyper, int, double lr, float step) {
     const double beta1 = hyper[kBeta1Column], beta2 = hyper[kBeta2Column];
     Scalars s;
     s.lerp1 = optimizer_step::Lerp::of(static_cast<float>(1.0 - beta1));
     s.beta2 = static_cast<float>(beta2);
     s.rest2 = static_cast<float>(1.0 - beta2);
-    s.step_size = static_cast<float>(-(lr / (1.0 - pow(beta1, step))));
-    s.correction2 = static_cast<float>(sqrt(1.0 - pow(beta2, step)));
+    s.step_size = static_cast<float>(-(lr / (1.0 - power(beta1, step))));
+    const float correction2 = static_cast<float>(sqrt(1.0 - power(beta2, step)));
+    s.correction2 = {correction2, __fdiv_rn(1.0f, correction2)};
     s.eps = static_cast<float>(hyper[kEpsColumn]);
     return s;
   }
 
-  template <class M, class Tile>
+  template <class Tile>
   class State {
    public:
-    __device__ __forceinline__ State(const int64_t (&addresses)[3], const Tile& tile)
-        : exp_avg_(addresses[0], tile),
-          exp_avg_sq_(addresses[1], tile),
-          max_exp_avg_sq_(addresses[2], tile),
-          amsgrad_(addresses[2] != 0) {}
+    __device__ __forceinline__ State(const int64_t (&addresses)[3], const int& dtypes, const Tile& tile)
+        : exp_avg_(addresses[0], dtypes, tile),
+          exp_avg_sq_(addresses[1], dtypes, tile),
+          max_exp_avg_sq_(addresses[2], dtypes, tile) {}
 
-    __device__ __forceinline__ void load(int quad) {
-      exp_avg_.load(quad, m_);
-      exp_avg_sq_.load(quad, v_);
-      if (amsgrad_) max_exp_avg_sq_.load(quad, max_);
+    __device__ __forceinline__ void fetch(int quad) {
+      exp_avg_.fetch(quad);
+      exp_avg_sq_.fetch(quad);
+      if (max_exp_avg_sq_.present()) max_exp_avg_sq_.fetch(quad);
     }
 
-    __device__ __forceinline__ void update(const Scalars& s, const float (&g)[4], float (&p)[4]) {
+    __device__ __forceinline__ void update(int quad, const Scalars& s, const float (&g)[4], float (&p)[4]) {
+      // In registers they would make ptxas spill; each thread reads only its own.
+      BK_SHARED(uint2, first, [3][multi_tensor::kThreads]);
+      float m[4], v[4];
+      exp_avg_.get(m);
+      exp_avg_sq_.get(v);
+      using multi_tensor::reload;
+      const optimizer_step::Lerp lerp1 = {reload(s.lerp1.coefficient), reload(s.lerp1.from_start)};
+      const float beta2 = reload(s.beta2), rest2 = reload(s.rest2);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        m_[j] = s.lerp1(m_[j], g[j]);
-        v_[j] = __fmaf_rn(__fmul_rn(s.rest2, g[j]), g[j], __fmul_rn(v_[j], s.beta2));
-        float square = v_[j];
-        if (amsgrad_) square = max_[j] = (max_[j] > v_[j] || max_[j] != max_[j]) ? max_[j] : v_[j];
-        const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(square), s.correction2), s.eps);
-        p[j] = __fadd_rn(p[j], __fdiv_rn(__fmul_rn(s.step_size, m_[j]), denominator));
+        m[j] = lerp1(m[j], g[j]);
+        v[j] = __fmaf_rn(__fmul_rn(rest2, g[j]), g[j], __fmul_rn(v[j], beta2));
+      }
+      exp_avg_.store(quad, m, first[0][threadIdx.x]);
+      exp_avg_sq_.store(quad, v, first[1][threadIdx.x]);
+      if (max_exp_avg_sq_.present()) {
+        float largest[4];
+        max_exp_avg_sq_.get(largest);
+        // NaN wins, as in torch.
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = (largest[j] > v[j] || largest[j] != largest[j]) ? largest[j] : v[j];
+        max_exp_avg_sq_.store(quad, v, first[2][threadIdx.x]);
+      }
+      const float step_size = reload(s.step_size), eps = reload(s.eps);
+      const Divisor correction2 = {reload(s.correction2.value), reload(s.correction2.reciprocal)};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float denominator = __fadd_rn(correction2.divide(__fsqrt_rn(v[j])), eps);
+        p[j] = __fadd_rn(p[j], __fdiv_rn(__fmul_rn(step_size, m[j]), denominator));
       }
     }
 
-    __device__ __forceinline__ void store(int quad) {
-      exp_avg_.store(quad, m_);
-      exp_avg_sq_.store(quad, v_);
-      if (amsgrad_) max_exp_avg_sq_.store(quad, max_);
-    }
-
    private:
-    multi_tensor::Quads<M, Tile> exp_avg_, exp_avg_sq_, max_exp_avg_sq_;
-    bool amsgrad_;
-    float m_[4], v_[4], max_[4];
+    multi_tensor::Quads<multi_tensor::Kind::kState, Tile> exp_avg_, exp_avg_sq_, max_exp_avg_sq_;
   };
 };
 

@@ -18,38 +18,40 @@ namespace grad_norm_detail {
 
 using namespace multi_tensor;
 
-enum class Kind { kSquares, kAbsolutes, kLargest, kPowers };
+enum class Terms { kSquares, kAbsolutes, kLargest, kPowers };
 
 struct Norm {
-  Kind kind;
+  Terms terms;
   float power;
 
   __device__ __forceinline__ float term(float x) const {
-    if (kind == Kind::kSquares) return x * x;
-    return kind == Kind::kPowers ? powf(fabsf(x), power) : fabsf(x);
+    if (terms == Terms::kSquares) return x * x;
+    return terms == Terms::kPowers ? powf(fabsf(x), power) : fabsf(x);
   }
   // NaN wins the maximum, as in torch.
   template <class Number>
   __device__ __forceinline__ Number combine(Number a, Number b) const {
-    if (kind == Kind::kLargest) return (a > b || a != a) ? a : b;
+    if (terms == Terms::kLargest) return (a > b || a != a) ? a : b;
     return a + b;
   }
   __device__ __forceinline__ double finish(double total) const {
-    if (kind == Kind::kSquares) return sqrt(total);
-    return kind == Kind::kPowers ? pow(total, 1.0 / power) : total;
+    if (terms == Terms::kSquares) return sqrt(total);
+    return terms == Terms::kPowers ? pow(total, 1.0 / power) : total;
   }
 };
 
 struct Job {
   int64_t grad, numel;
-  int dtype;
+  int dtypes;
+  bool aligned;
 };
 
 __device__ __forceinline__ void open_job(const MultiTensor& list, Job& job, int tensor) {
   const int64_t* row = list.tensors + int64_t{tensor} * kTensorColumns;
   job.grad = list.grads[tensor];
   job.numel = row[kNumelColumn];
-  job.dtype = static_cast<int>(row[kDtypesColumn] & 0xff);
+  job.dtypes = static_cast<int>(row[kDtypesColumn]);
+  job.aligned = job.grad % 16 == 0;
 }
 
 // Calls f(quads, quad) for each four gradients of this thread.
@@ -57,13 +59,10 @@ template <class F>
 __device__ __forceinline__ void for_each_quad(const MultiTensor& list, F&& f) {
   const auto open = [&](Job& job, const Job*, int tensor, int) { open_job(list, job, tensor); };
   for_each_tensor<Job>(list, open, [&](const Job& job, const Chunks& chunks) {
-    with_type(job.dtype, [&](auto element) {
-      using T = decltype(element);
-      for_each_tile<kVecElements<T>>(chunks, job.numel, job.grad % 16 == 0, [&](const auto& tile) {
-        Quads<T, std::decay_t<decltype(tile)>> grad(job.grad, tile);
+    for_each_tile(chunks, job.numel, job.aligned, [&](const auto& tile) {
+      Quads<Kind::kParam, std::decay_t<decltype(tile)>> grad(job.grad, job.dtypes, tile);
 #pragma unroll
-        for (int quad = 0; quad < tile.kWidth / 4; quad++) f(grad, quad);
-      });
+      for (int quad = 0; quad < 2; quad++) f(grad, quad);
     });
   });
 }
@@ -89,7 +88,8 @@ __device__ __forceinline__ void reduce_own(const MultiTensor& list, const Norm& 
   double own = 0.0;
   for_each_quad(list, [&](auto& grad, int quad) {
     float g[4];  // 0 past the end, which adds nothing
-    grad.load(quad, g);
+    grad.fetch(quad);
+    grad.get(g);
     const float pair = norm.combine(norm.term(g[0]), norm.term(g[1]));
     own = norm.combine(own, static_cast<double>(norm.combine(pair, norm.combine(norm.term(g[2]), norm.term(g[3])))));
   });
@@ -107,11 +107,11 @@ __device__ __forceinline__ double reduce_all(const MultiTensor& list, const Norm
 }
 
 inline Norm make_norm(double norm_type) {
-  const Kind kind = norm_type == 2.0        ? Kind::kSquares
-                    : norm_type == 1.0      ? Kind::kAbsolutes
-                    : std::isinf(norm_type) ? Kind::kLargest
-                                            : Kind::kPowers;
-  return {kind, static_cast<float>(norm_type)};
+  const Terms terms = norm_type == 2.0        ? Terms::kSquares
+                      : norm_type == 1.0      ? Terms::kAbsolutes
+                      : std::isinf(norm_type) ? Terms::kLargest
+                                              : Terms::kPowers;
+  return {terms, static_cast<float>(norm_type)};
 }
 
 }  // namespace grad_norm_detail
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(multi_tensor::kThreads, multi_tensor::kBlocksP
   if (coefficient != 1.0f) {
     for_each_quad(list, [&](auto& grad, int quad) {
       float g[4];
-      grad.load(quad, g);
+      grad.fetch(quad);
+      grad.get(g);
 #pragma unroll
       for (int j = 0; j < 4; j++) g[j] = __fmul_rn(g[j], coefficient);
       grad.store(quad, g);

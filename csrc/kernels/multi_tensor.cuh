@@ -30,6 +30,12 @@ constexpr int kBlocksPerMultiprocessor = 4;
 
 // ---- Traversal ----
 
+// A value that the block shares, read from shared memory here and not kept in a register since an earlier read.
+template <class Value>
+__device__ __forceinline__ Value reload(const Value& shared) {
+  return *const_cast<const volatile Value*>(&shared);
+}
+
 // Chunks and tensors are counted in 32 bits, elements in 64.
 __device__ __forceinline__ int chunk_end(const MultiTensor& list, int tensor) {
   return tensor < 0 ? 0 : static_cast<int>(__ldg(list.chunk_ends + tensor));
@@ -56,25 +62,40 @@ struct Chunks {
 };
 
 // Calls work(job, chunks) in all threads for each tensor of this block's range. One thread has filled the job:
-// open(job, previous, tensor, first_chunk), where previous is the job before it or null.
+// open(job, previous, tensor, first_chunk), where previous is the job before it or null. Work finds all of it in shared
+// memory, and so does the loop itself: the registers are the tiles'.
 template <class Job, class Open, class Work>
 __device__ __forceinline__ void for_each_tensor(const MultiTensor& list, Open&& open, Work&& work) {
-  BK_SHARED(Job, jobs, [2]);
+  struct Turn {
+    Job job;
+    Chunks chunks;
+    int tensor;
+    int next_chunk, last_chunk;  // counted through the list
+  };
+  BK_SHARED(Turn, turns, [2]);
   const int64_t chunks = chunk_end(list, static_cast<int>(list.count) - 1);
-  const int first = static_cast<int>(chunks * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(chunks * (blockIdx.x + 1) / gridDim.x);
-  if (first == last) return;
-  int turn = 0;
-  for (int chunk = first, tensor = find_tensor(list, first); chunk < last; tensor++) {
+  int chunk = static_cast<int>(chunks * blockIdx.x / gridDim.x);
+  int last = static_cast<int>(chunks * (blockIdx.x + 1) / gridDim.x);
+  if (chunk == last) return;
+  int count = 0;
+  for (int tensor = find_tensor(list, chunk); chunk < last; tensor++) {
     const int first_chunk = chunk_end(list, tensor - 1), end_chunk = chunk_end(list, tensor);
     if (end_chunk == first_chunk) continue;
-    Job& job = jobs[turn % 2];
-    if (threadIdx.x == 0) open(job, turn > 0 ? &jobs[(turn + 1) % 2] : nullptr, tensor, first_chunk);
-    // The one barrier a tensor: who fills this job again has passed the next one, behind all readers.
+    Turn& turn = turns[count % 2];
+    if (threadIdx.x == 0) {
+      open(turn.job, count > 0 ? &turns[(count + 1) % 2].job : nullptr, tensor, first_chunk);
+      turn.chunks = {chunk - first_chunk, min(end_chunk, last) - first_chunk};
+      turn.tensor = tensor;
+      turn.next_chunk = end_chunk;
+      turn.last_chunk = last;
+    }
+    // The one barrier a tensor: who fills this turn again has passed the next one, behind all readers.
     __syncthreads();
-    work(job, Chunks{chunk - first_chunk, min(end_chunk, last) - first_chunk});
-    chunk = end_chunk;
-    turn++;
+    work(turn.job, turn.chunks);
+    tensor = reload(turn.tensor);
+    chunk = reload(turn.next_chunk);
+    last = reload(turn.last_chunk);
+    count++;
   }
 }
 
@@ -102,132 +123,165 @@ __device__ __forceinline__ double* block_partials(const MultiTensor& list) {
 
 // ---- Elements ----
 
-// Calls f with an element of the code's type.
-template <class F>
-__device__ __forceinline__ void with_type(int code, F&& f) {
-  if (code == kFloatCode) {
-    f(float{});
-  } else if (code == kBFloat16Code) {
-    f(__nv_bfloat16{});
-  } else {
-    f(__half{});
-  }
-}
+// Elements of a thread in one turn of its block, in two quads.
+constexpr int kWidth = 8;
+static_assert(kChunk == kThreads * kWidth, "a chunk is a turn");
 
-// The V elements of a thread in one turn of its block: neighbours, or kThreads apart as far as there are any.
-template <int V, bool kVector>
+// A thread's elements in one turn: neighbours, or kThreads apart as far as there are any.
+template <bool kVector>
 struct Tile {
-  static constexpr int kWidth = V;
   static constexpr bool kIsVector = kVector;
-  int64_t first;
-  int left;  // elements from the first to the end of the chunk
+  int chunk;  // of the tensor
+  int first;  // element of the chunk
+  int count;  // elements of the chunk
 
-  __device__ __forceinline__ int64_t element(int i) const { return first + (kVector ? i : i * kThreads); }
-  __device__ __forceinline__ bool has(int i) const { return kVector || i * kThreads < left; }
+  __device__ __forceinline__ int place(int i) const { return first + (kVector ? i : i * kThreads); }
+  __device__ __forceinline__ bool has(int i) const { return kVector || place(i) < count; }
+  __device__ __forceinline__ int64_t element(int i) const { return int64_t{chunk} * kChunk + place(i); }
 };
 
-// Calls f with this thread's tiles of a tensor's chunks. What f reads from shared memory it reads again for each tile:
-// as loop invariants the addresses and scalars of a step would fill 40 registers, and __syncwarp keeps the compiler
-// from making them so. Nor does a 64-bit count live across the loops.
-template <int V, class F>
-__device__ __forceinline__ void for_each_tile(const Chunks& chunks, const int64_t& numel, bool aligned, F&& f) {
-  static_assert(kChunk % V == 0, "chunks start on whole vectors");
+// Elements of the chunk that move in vectors, and all of them.
+__device__ __forceinline__ int2 chunk_counts(int chunk, int64_t numel, bool aligned) {
+  const int count = static_cast<int>(min(int64_t{kChunk}, numel - int64_t{chunk} * kChunk));
+  return make_int2(aligned ? count / kWidth * kWidth : 0, count);
+}
+
+// Calls f with this thread's tiles of a tensor's chunks. What f and this loop read from shared memory they read again
+// for each tile: as loop invariants the addresses and scalars of a step would fill 40 registers, and __syncwarp keeps
+// the compiler from making them so.
+template <class F>
+__device__ __forceinline__ void for_each_tile(const Chunks& chunks, const int64_t& numel, const bool& aligned, F&& f) {
 #pragma unroll 1
   for (int chunk = chunks.begin; chunk < chunks.end; chunk++) {
-    const int64_t start = int64_t{chunk} * kChunk;
-    const int count = static_cast<int>(min(int64_t{kChunk}, numel - start));
-    const int in_vectors = aligned ? count / V * V : 0;
-#pragma unroll 1
-    for (int tile = 0; tile < in_vectors; tile += kThreads * V) {
-      __syncwarp();
-      const int i = tile + threadIdx.x * V;
-      if (i < in_vectors) f(Tile<V, true>{start + i, V});
+    __syncwarp();
+    if (const int i = threadIdx.x * kWidth; i < chunk_counts(chunk, numel, aligned).x) {
+      f(Tile<true>{chunk, i, kChunk});
     }
-#pragma unroll 1
-    for (int tile = in_vectors; tile < count; tile += kThreads * 4) {
-      __syncwarp();
-      const int i = tile + threadIdx.x;
-      if (i < count) f(Tile<4, false>{start + i, count - i});
+    __syncwarp();
+    const int2 counts = chunk_counts(chunk, numel, aligned);
+    if (const int i = counts.x + threadIdx.x; i < counts.y) {
+      f(Tile<false>{chunk, i, counts.y});
     }
   }
 }
 
-// The half of a 32-bit register that holds a 16-bit element, and back.
-template <class S>
-__device__ __forceinline__ S element_of(uint32_t word, int half) {
-  Vec<S, 1> element;
-  *reinterpret_cast<uint16_t*>(&element) = static_cast<uint16_t>(word >> (16 * half));
-  return element.v[0];
+// The bits of a 16-bit element in the low or the high half of a word as a float, and back.
+__device__ __forceinline__ float widen(int code, uint32_t word, int half) {
+  if (code == kBFloat16Code) return __uint_as_float(half == 0 ? word << 16 : word & 0xffff0000u);
+  return to_float(__ushort_as_half(static_cast<unsigned short>(word >> (16 * half))));
 }
-template <class S>
-__device__ __forceinline__ uint32_t word_of(S low, S high) {
-  return *reinterpret_cast<const uint16_t*>(&low) | uint32_t{*reinterpret_cast<const uint16_t*>(&high)} << 16;
+__device__ __forceinline__ uint32_t narrow(int code, float x) {
+  return code == kBFloat16Code ? __bfloat16_as_ushort(from_float<__nv_bfloat16>(x))
+                               : __half_as_ushort(from_float<__half>(x));
 }
 
-// A thread's elements of one array of S, read and written four at a time as floats: quad q has elements 4q to 4q + 3.
-// Eight 16-bit elements still move in one access, with the first quad's load and the last one's store; between those
-// they are kept two a register, which the compiler would not do.
-template <class S, class Tile>
+// The float as an element of the type would give it back.
+__device__ __forceinline__ float round_to(int code, float x) {
+  return code == kFloatCode ? x : widen(code, narrow(code, x), 0);
+}
+
+// Which of the types in kDtypesColumn an array has.
+enum class Kind { kParam, kState, kFloat };
+
+// A thread's elements of one array, of a type known at run time, as floats: quad q has elements 4q to 4q + 3. fetch()
+// starts the loads, get() waits for them. In vectors, floats move 16 bytes a quad; eight 16-bit elements move with the
+// first quad's load and the second one's store, and are kept two a register between those.
+template <Kind kKind, class Tile>
 class Quads {
  public:
-  // The address is read from the job, in shared memory, at each access: it would take two registers to keep.
-  __device__ __forceinline__ Quads(const int64_t& address, const Tile& tile) : address_(address), tile_(tile) {}
+  // Address and types are read from the job, in shared memory, at each access, and not kept in registers.
+  __device__ __forceinline__ Quads(const int64_t& address, const int& dtypes, const Tile& tile)
+      : address_(address), dtypes_(dtypes), tile_(tile) {}
 
-  __device__ __forceinline__ void load(int quad, float (&values)[4]) {
-    if constexpr (!Tile::kIsVector) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int i = 4 * quad + j;
-        values[j] = tile_.has(i) ? to_float(load_vec_streaming<S, 1>(at(tile_.element(i))).v[0]) : 0.0f;
-      }
-    } else if constexpr (sizeof(S) == 4) {
-      const Vec<S, 4> loaded = load_vec_streaming<S, 4>(at(tile_.first + 4 * quad));
-#pragma unroll
-      for (int j = 0; j < 4; j++) values[j] = to_float(loaded.v[j]);
+  __device__ __forceinline__ bool present() const { return reload(address_) != 0; }
+
+  __device__ __forceinline__ void fetch(int quad) {
+    const bool is_float = code() == kFloatCode;
+    if constexpr (Tile::kIsVector) {
+      if (quad == 0 || is_float) words_ = __ldcs(reinterpret_cast<const uint4*>(vector(quad, is_float)));
     } else {
-      if (quad % 2 == 0) loaded_ = __ldcs(reinterpret_cast<const uint4*>(at(tile_.first + 4 * quad)));
-      const uint32_t words[2] = {quad % 2 == 0 ? loaded_.x : loaded_.z, quad % 2 == 0 ? loaded_.y : loaded_.w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) values[j] = to_float(element_of<S>(words[j / 2], j % 2));
+      words_ = make_uint4(one(4 * quad, is_float), one(4 * quad + 1, is_float), one(4 * quad + 2, is_float),
+                          one(4 * quad + 3, is_float));
     }
   }
 
-  // Of S, or floats that are rounded to S.
-  template <class Value>
-  __device__ __forceinline__ void store(int quad, const Value (&values)[4]) {
-    S rounded[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if constexpr (std::is_same_v<Value, S>) {
-        rounded[j] = values[j];
-      } else {
-        rounded[j] = from_float<S>(values[j]);
-      }
+  __device__ __forceinline__ void get(float (&values)[4]) {
+    const int type = code();
+    if (type == kFloatCode) {
+      values[0] = __uint_as_float(words_.x);
+      values[1] = __uint_as_float(words_.y);
+      values[2] = __uint_as_float(words_.z);
+      values[3] = __uint_as_float(words_.w);
+    } else if constexpr (Tile::kIsVector) {
+      values[0] = widen(type, words_.x, 0);
+      values[1] = widen(type, words_.x, 1);
+      values[2] = widen(type, words_.y, 0);
+      values[3] = widen(type, words_.y, 1);
+      words_.x = words_.z;
+      words_.y = words_.w;
+    } else {
+      values[0] = widen(type, words_.x, 0);
+      values[1] = widen(type, words_.y, 0);
+      values[2] = widen(type, words_.z, 0);
+      values[3] = widen(type, words_.w, 0);
     }
+  }
+
+  // Rounds to the type.
+  __device__ __forceinline__ void store(int quad, const float (&values)[4]) { store(quad, values, first_); }
+
+  // `first` is where the first quad waits for the second one.
+  __device__ __forceinline__ void store(int quad, const float (&values)[4], uint2& first) {
+    const int type = code();
+    const bool is_float = type == kFloatCode;
     if constexpr (!Tile::kIsVector) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int i = 4 * quad + j;
-        if (tile_.has(i)) store_vec_streaming<S, 1>(at(tile_.element(i)), Vec<S, 1>{{rounded[j]}});
+        if (!tile_.has(4 * quad + j)) continue;
+        char* p = at(4 * quad + j, is_float);
+        if (is_float) {
+          __stcs(reinterpret_cast<float*>(p), values[j]);
+        } else {
+          __stcs(reinterpret_cast<unsigned short*>(p), static_cast<unsigned short>(narrow(type, values[j])));
+        }
       }
-    } else if constexpr (sizeof(S) == 4) {
-      store_vec_streaming<S, 4>(at(tile_.first + 4 * quad), {{rounded[0], rounded[1], rounded[2], rounded[3]}});
-    } else if (quad % 2 == 0) {
-      stored_.x = word_of(rounded[0], rounded[1]);
-      stored_.y = word_of(rounded[2], rounded[3]);
+    } else if (is_float) {
+      __stcs(reinterpret_cast<float4*>(vector(quad, true)), make_float4(values[0], values[1], values[2], values[3]));
     } else {
-      stored_.z = word_of(rounded[0], rounded[1]);
-      stored_.w = word_of(rounded[2], rounded[3]);
-      __stcs(reinterpret_cast<uint4*>(at(tile_.first + 4 * quad - 4)), stored_);
+      const uint32_t low = narrow(type, values[0]) | narrow(type, values[1]) << 16;
+      const uint32_t high = narrow(type, values[2]) | narrow(type, values[3]) << 16;
+      if (quad == 0) {
+        first = make_uint2(low, high);
+      } else {
+        const uint2 before = first;
+        __stcs(reinterpret_cast<uint4*>(vector(0, false)), make_uint4(before.x, before.y, low, high));
+      }
     }
   }
 
  private:
-  __device__ __forceinline__ S* at(int64_t element) const { return reinterpret_cast<S*>(address_) + element; }
+  __device__ __forceinline__ int code() const {
+    if constexpr (kKind == Kind::kFloat) return kFloatCode;
+    return reload(dtypes_) >> (kKind == Kind::kState ? 8 : 0) & 0xff;
+  }
+  // Step by step from the address on: one offset for all arrays would be kept, two registers a type.
+  __device__ __forceinline__ char* at(int i, bool is_float) const {
+    const int size = is_float ? 4 : 2;
+    char* const chunk = reinterpret_cast<char*>(reload(address_)) + int64_t{tile_.chunk} * (kChunk * size);
+    return chunk + tile_.place(i) * size;
+  }
+  __device__ __forceinline__ char* vector(int quad, bool is_float) const { return at(0, is_float) + 16 * quad; }
+  __device__ __forceinline__ uint32_t one(int i, bool is_float) const {
+    if (!tile_.has(i)) return 0;
+    const char* p = at(i, is_float);
+    return is_float ? __ldcs(reinterpret_cast<const unsigned*>(p)) : __ldcs(reinterpret_cast<const unsigned short*>(p));
+  }
 
-  const volatile int64_t& address_;
+  const int64_t& address_;
+  const int& dtypes_;
   const Tile& tile_;
-  uint4 loaded_, stored_;  // of 16-bit elements in vectors
+  uint4 words_;
+  uint2 first_;
 };
 
 // ---- Scalars ----

@@ -111,114 +111,91 @@ struct Noise {
   }
 };
 
-// The loops are not unrolled: the rounds of several Philox, interleaved, would double the kernel's registers.
-template <class Tile, int kQuads>
-__device__ __forceinline__ void draw_noise(const int64_t* philox, int64_t number, float step, const Tile& tile,
-                                           Noise (&noise)[kQuads]) {
+template <class Tile>
+__device__ __forceinline__ Noise draw_noise(const int64_t* philox, int64_t number, float step, const Tile& tile,
+                                            int quad) {
   const uint64_t seed = philox[0], offset = philox[1] + (static_cast<uint64_t>(step) << 32);
+  if constexpr (Tile::kIsVector) {
+    const uint4 words = philox4x32_10(seed, (number + tile.element(4 * quad)) / 4, offset);
+    return {words.x >> 16 | (words.y & 0xffff0000u), words.z >> 16 | (words.w & 0xffff0000u)};
+  } else {
+    Noise noise{};
+    // Unrolled, the rounds of four Philox would double the kernel's registers.
 #pragma unroll 1
-  for (int quad = 0; quad < kQuads; quad++) {
-    Noise drawn{};
-    if constexpr (Tile::kIsVector) {
-      const uint4 words = philox4x32_10(seed, (number + tile.element(4 * quad)) / 4, offset);
-      drawn = {words.x >> 16 | (words.y & 0xffff0000u), words.z >> 16 | (words.w & 0xffff0000u)};
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < 4; j++) {
-        const uint64_t n = number + tile.element(4 * quad + j);
-        const uint4 words = philox4x32_10(seed, n / 4, offset);
-        const uint32_t word = n % 4 == 0 ? words.x : n % 4 == 1 ? words.y : n % 4 == 2 ? words.z : words.w;
-        drawn.low = drawn.low >> 16 | drawn.high << 16;
-        drawn.high = drawn.high >> 16 | (word & 0xffff0000u);
-      }
+    for (int j = 0; j < 4; j++) {
+      const uint64_t n = number + tile.element(4 * quad + j);
+      const uint4 words = philox4x32_10(seed, n / 4, offset);
+      const uint32_t word = n % 4 == 0 ? words.x : n % 4 == 1 ? words.y : n % 4 == 2 ? words.z : words.w;
+      noise = {noise.low >> 16 | noise.high << 16, noise.high >> 16 | (word & 0xffff0000u)};
     }
-    // The oldest goes out in front: an array indexed by the loop would live in memory.
-#pragma unroll
-    for (int i = 0; i + 1 < kQuads; i++) noise[i] = noise[i + 1];
-    noise[kQuads - 1] = drawn;
+    return noise;
   }
 }
 
-// The float rounded up with the probability of its distance from the bfloat16 below it; infinities and NaN as they are.
-__device__ __forceinline__ __nv_bfloat16 round_stochastically(float x, uint32_t noise) {
+// The float rounded to bfloat16, up with the probability of its distance from the one below; infinities and NaN as they
+// are.
+__device__ __forceinline__ float round_stochastically(float x, uint32_t noise) {
   const uint32_t bits = __float_as_uint(x);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return from_float<__nv_bfloat16>(x);
-  return from_float<__nv_bfloat16>(__uint_as_float((bits + noise) & 0xffff0000u));
+  if ((bits & 0x7f800000u) == 0x7f800000u) return x;
+  return __uint_as_float((bits + noise) & 0xffff0000u);
 }
 
-template <class T, class Tile>
-__device__ __forceinline__ void store_zeros(Quads<T, Tile>& grad, int quad) {
+template <class Tile>
+__device__ __forceinline__ void store_zeros(Quads<Kind::kParam, Tile>& grad, int quad) {
   const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   grad.store(quad, zeros);
 }
 
-// T: parameter and gradient; M: the optimizer's states.
-template <class Rule, class T, class M, class Tile>
+template <class Rule, class Tile>
 __device__ __forceinline__ void update_tile(const StepParams& params, const Job<typename Rule::Scalars>& job,
                                             const Tile& tile) {
-  Quads<T, Tile> grad(job.grad, tile), param(job.param, tile);
-  Quads<float, Tile> master(job.master, tile), ema(job.ema, tile);
-  typename Rule::template State<M, Tile> state(job.states, tile);
-  constexpr bool kMayBeStochastic = std::is_same_v<T, __nv_bfloat16>;
-  const bool stochastic = kMayBeStochastic && job.stochastic && job.master == 0;
-  Noise noise[Tile::kWidth / 4];
-  if (stochastic) draw_noise(params.philox, job.number, job.step, tile, noise);
+  Quads<Kind::kParam, Tile> grad(job.grad, job.dtypes, tile), param(job.param, job.dtypes, tile);
+  Quads<Kind::kFloat, Tile> master(job.master, job.dtypes, tile), ema(job.ema, job.dtypes, tile);
+  typename Rule::template State<Tile> state(job.states, job.dtypes, tile);
 #pragma unroll
-  for (int quad = 0; quad < Tile::kWidth / 4; quad++) {
+  for (int quad = 0; quad < 2; quad++) {
+    grad.fetch(quad);
+    state.fetch(quad);
     float g[4], p[4];
-    grad.load(quad, g);
-    if (job.master != 0) {
-      master.load(quad, p);
+    if (master.present()) {
+      master.fetch(quad);
+      master.get(p);
     } else {
-      param.load(quad, p);
+      param.fetch(quad);
+      param.get(p);
     }
-    state.load(quad);
+    grad.get(g);
 
+    const float factor = reload(job.factor), l1 = reload(job.l1), l2 = reload(job.l2), decay = reload(job.decay);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      g[j] = __fmul_rn(g[j], job.factor);
-      if (job.l1 != 0.0f) g[j] = __fmaf_rn(job.l1, static_cast<float>((p[j] > 0.0f) - (p[j] < 0.0f)), g[j]);
-      if (job.l2 != 0.0f) g[j] = __fmaf_rn(job.l2, p[j], g[j]);
-      p[j] = __fmul_rn(p[j], job.decay);
+      g[j] = __fmul_rn(g[j], factor);
+      if (l1 != 0.0f) g[j] = __fmaf_rn(l1, static_cast<float>((p[j] > 0.0f) - (p[j] < 0.0f)), g[j]);
+      if (l2 != 0.0f) g[j] = __fmaf_rn(l2, p[j], g[j]);
+      p[j] = __fmul_rn(p[j], decay);
     }
-    state.update(job.rule, g, p);
+    state.update(quad, job.rule, g, p);
 
-    state.store(quad);
     if (params.zero_grads) store_zeros(grad, quad);
-    T stored[4];
+    const int code = reload(job.dtypes) & 0xff;
+    if (reload(job.stochastic) && code == kBFloat16Code && !master.present()) {
+      const Noise noise = draw_noise(params.philox, reload(job.number), reload(job.step), tile, quad);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      stored[j] = from_float<T>(p[j]);
-      if constexpr (kMayBeStochastic) {
-        if (stochastic) stored[j] = round_stochastically(p[j], noise[quad][j]);
-      }
+      for (int j = 0; j < 4; j++) p[j] = round_stochastically(p[j], noise[j]);
     }
-    param.store(quad, stored);
-    if (job.master != 0) master.store(quad, p);
-    if (job.ema != 0) {
+    param.store(quad, p);
+    if (master.present()) master.store(quad, p);
+    if (ema.present()) {
       const Lerp lerp = Lerp::of(job.ema_weight);
+      const int stored = master.present() ? int{kFloatCode} : code;
       float average[4];
-      ema.load(quad, average);
+      ema.fetch(quad);
+      ema.get(average);
 #pragma unroll
-      for (int j = 0; j < 4; j++) average[j] = lerp(average[j], job.master != 0 ? p[j] : to_float(stored[j]));
+      for (int j = 0; j < 4; j++) average[j] = lerp(average[j], round_to(stored, p[j]));
       ema.store(quad, average);
     }
   }
-}
-
-// Calls f with an element of the parameter's type and one of the states': the same, or float, or bfloat16 beside float.
-template <class F>
-__device__ __forceinline__ void with_types(int dtypes, F&& f) {
-  const int states = dtypes >> 8 & 0xff;
-  with_type(dtypes & 0xff, [&](auto param) {
-    using T = decltype(param);
-    using Narrow = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
-    if (states == kFloatCode) {
-      f(param, float{});
-    } else {
-      f(param, Narrow{});
-    }
-  });
 }
 
 // Adds 1 to every step, several in flight a thread: each lies in memory of its own.
@@ -251,23 +228,14 @@ __device__ __forceinline__ void step(const StepParams& params) {
   };
   if (!skip) {
     for_each_tensor<StepJob>(params.list, open, [&](const StepJob& job, const Chunks& chunks) {
-      with_types(job.dtypes, [&](auto param, auto state) {
-        using T = decltype(param);
-        using M = decltype(state);
-        constexpr int V = sizeof(T) == 4 && sizeof(M) == 4 ? 4 : 8;
-        for_each_tile<V>(chunks, job.numel, job.aligned,
-                         [&](const auto& tile) { update_tile<Rule, T, M>(params, job, tile); });
-      });
+      for_each_tile(chunks, job.numel, job.aligned, [&](const auto& tile) { update_tile<Rule>(params, job, tile); });
     });
   } else if (params.zero_grads) {
     for_each_tensor<StepJob>(params.list, open, [&](const StepJob& job, const Chunks& chunks) {
-      with_type(job.dtypes & 0xff, [&](auto param) {
-        using T = decltype(param);
-        for_each_tile<kVecElements<T>>(chunks, job.numel, job.grad % 16 == 0, [&](const auto& tile) {
-          Quads<T, std::decay_t<decltype(tile)>> grad(job.grad, tile);
-#pragma unroll
-          for (int quad = 0; quad < tile.kWidth / 4; quad++) store_zeros(grad, quad);
-        });
+      for_each_tile(chunks, job.numel, job.aligned, [&](const auto& tile) {
+        Quads<Kind::kParam, std::decay_t<decltype(tile)>> grad(job.grad, job.dtypes, tile);
+        store_zeros(grad, 0);
+        store_zeros(grad, 1);
       });
     });
   }

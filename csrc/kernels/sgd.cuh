@@ -21,46 +21,44 @@ struct Rule {
     bool nesterov, first;
   };
 
-  static __device__ __forceinline__ Scalars scalars(const double* hyper, int flags, double lr, double step) {
+  static __device__ __forceinline__ Scalars scalars(const double* hyper, int flags, double lr, float step) {
     Scalars s;
     s.step_size = static_cast<float>(-lr);
     s.momentum = static_cast<float>(hyper[kMomentumColumn]);
     s.rest = static_cast<float>(1.0 - hyper[kDampeningColumn]);
     s.nesterov = flags & kNesterov;
-    s.first = step == 1.0;
+    s.first = step == 1.0f;
     return s;
   }
 
-  template <class M, class Tile>
+  template <class Tile>
   class State {
    public:
-    __device__ __forceinline__ State(const int64_t (&addresses)[3], const Tile& tile)
-        : buffer_(addresses[0], tile), has_buffer_(addresses[0] != 0) {}
+    __device__ __forceinline__ State(const int64_t (&addresses)[3], const int& dtypes, const Tile& tile)
+        : buffer_(addresses[0], dtypes, tile) {}
 
-    __device__ __forceinline__ void load(int quad) {
-      if (has_buffer_) buffer_.load(quad, b_);
+    __device__ __forceinline__ void fetch(int quad) {
+      if (buffer_.present()) buffer_.fetch(quad);
     }
 
-    __device__ __forceinline__ void update(const Scalars& s, const float (&g)[4], float (&p)[4]) {
+    __device__ __forceinline__ void update(int quad, const Scalars& s, const float (&g)[4], float (&p)[4]) {
+      float direction[4] = {g[0], g[1], g[2], g[3]};
+      if (buffer_.present()) {
+        float b[4];
+        buffer_.get(b);
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        float direction = g[j];
-        if (has_buffer_) {
-          b_[j] = s.first ? g[j] : __fmaf_rn(s.rest, g[j], __fmul_rn(b_[j], s.momentum));
-          direction = s.nesterov ? __fmaf_rn(s.momentum, b_[j], g[j]) : b_[j];
+        for (int j = 0; j < 4; j++) {
+          b[j] = s.first ? g[j] : __fmaf_rn(s.rest, g[j], __fmul_rn(b[j], s.momentum));
+          direction[j] = s.nesterov ? __fmaf_rn(s.momentum, b[j], g[j]) : b[j];
         }
-        p[j] = __fmaf_rn(s.step_size, direction, p[j]);
+        buffer_.store(quad, b);
       }
-    }
-
-    __device__ __forceinline__ void store(int quad) {
-      if (has_buffer_) buffer_.store(quad, b_);
+#pragma unroll
+      for (int j = 0; j < 4; j++) p[j] = __fmaf_rn(s.step_size, direction[j], p[j]);
     }
 
    private:
-    multi_tensor::Quads<M, Tile> buffer_;
-    bool has_buffer_;
-    float b_[4];
+    multi_tensor::Quads<multi_tensor::Kind::kState, Tile> buffer_;
   };
 };
 
