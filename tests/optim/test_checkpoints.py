@@ -43,6 +43,15 @@ def batches():
     return [(inputs[i : i + 16], targets[i : i + 16]) for i in range(0, len(inputs) - 15, 16)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def fresh_model(device):
     torch.manual_seed(0)
     return _ImageClassifier((1, 8, 8), 10, (8, 16), 0, 32, 1, BIGKERN).to(device)
