@@ -344,7 +344,7 @@ def count_steps_kernel(tensors, found_inf, count, BLOCK: tl.constexpr):
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = tensor < count
     if found_inf is not None:
-        there &= tl.load(found_inf) == 0.0
+        there &= _spread(tl.load(found_inf) == 0.0, tensor)
     address = tl.load(tensors + tensor.to(tl.int64) * _COLUMNS + _STEP, mask=there, other=0)
     step = address.to(tl.pointer_type(tl.float32))
     tl.store(step, tl.load(step, mask=address != 0, other=0.0) + 1.0, mask=address != 0)
