@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(name: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog=f"python -m benchmarks {name}", description=module.__doc__)
     parser.add_argument("--function", nargs="+", choices=module.FUNCTIONS, default=module.FUNCTIONS)
-    parser.add_argument("--shape", nargs="+", type=_shape, metavar="4096x4096", help="default: a list for the device")
+    parse_shape = getattr(module, "parse_shape", _shape)
+    parser.add_argument(
+        "--shape", nargs="+", type=parse_shape, metavar="4096x4096", help="default: a list for the device"
+    )
     parser.add_argument("--dtype", nargs="+", type=parse_dtype, metavar="bf16", help="bf16, fp16, fp32")
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="default: the kernels that run here")
@@ -185,7 +188,8 @@ def _measure(
     missed = 0
     with _progress(len(problems)) as step:
         for problem in problems:
-            open_directions = [d for d in args.direction if not results.has(problem.key(d), candidates)]
+            directions = [d for d in args.direction if d in problem.bytes]
+            open_directions = [d for d in directions if not results.has(problem.key(d), candidates)]
             if open_directions and time.monotonic() - start > args.budget:
                 missed += 1
             elif open_directions:
