@@ -79,7 +79,7 @@ def _arguments(name: str, module: ModuleType, argv: Sequence[str]) -> argparse.N
     parser = _Parser(prog=f"python -m benchmarks {name}", description=module.__doc__)
     parser.add_argument("--function", nargs="+", choices=module.FUNCTIONS, default=module.FUNCTIONS)
     names = getattr(module, "SHAPE_NAMES", "ROWSxCOLS")
-    shape = partial(_shape, names=names)
+    shape = getattr(module, "parse_shape", partial(_shape, names=names))
     parser.add_argument("--shape", nargs="+", type=shape, metavar=names, help="default: a list for the device")
     parser.add_argument("--dtype", nargs="+", type=parse_dtype, metavar="bf16", help="bf16, fp16, fp32")
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
@@ -190,7 +190,8 @@ def _measure(
     missed = 0
     with _progress(len(problems)) as step:
         for problem in problems:
-            open_directions = [d for d in args.direction if not results.has(problem.key(d), candidates)]
+            directions = [d for d in args.direction if d in problem.bytes]
+            open_directions = [d for d in directions if not results.has(problem.key(d), candidates)]
             if open_directions and time.monotonic() - start > args.budget:
                 missed += 1
             elif open_directions:

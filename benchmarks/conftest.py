@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 import torch
 
 from benchmarks.__main__ import ops
-from benchmarks.measure import DIRECTIONS, Candidate, Problem, backend_candidate, eager_candidate
+from benchmarks.measure import Candidate, Problem, backend_candidate
 from bigkern.tools.evaluation import default_device, dtype_name, runnable
 
 
@@ -17,27 +18,25 @@ def device() -> torch.device:
     return torch.device(default_device())
 
 
-def problems_on(device: str) -> list[Problem]:
+def trials_on(device: str) -> list[tuple[Problem, str, Candidate]]:
+    """Each problem in each direction, for the backends that run here and the op's first peer, which is torch's own."""
+    running, _ = runnable(device)
     found = []
     for op in ops():
         module = importlib.import_module(f"benchmarks.{op}")
         dtypes = module.DTYPES[device] if device == "cuda" else (torch.float32,)
-        found += module.problems(module.FUNCTIONS, list(module.SHAPES[device]), list(dtypes))
+        candidates = [*map(backend_candidate, running), next(iter(module.peers().values()))()]
+        for problem in module.problems(module.FUNCTIONS, list(module.SHAPES[device]), list(dtypes)):
+            found += itertools.product([problem], problem.bytes, candidates)
     return found
-
-
-def candidates_on(device: str) -> list[Candidate]:
-    names, _ = runnable(device)
-    return [*(backend_candidate(name) for name in names), eager_candidate()]
 
 
 def pytest_generate_tests(metafunc):
     if {"problem", "direction", "candidate"} <= set(metafunc.fixturenames):
-        device = default_device()
-        metafunc.parametrize("candidate", candidates_on(device), ids=lambda candidate: candidate.name.replace(" ", "-"))
-        metafunc.parametrize("direction", DIRECTIONS)
-        metafunc.parametrize(
-            "problem",
-            problems_on(device),
-            ids=lambda problem: f"{problem.case.function}-{problem.shape}-{dtype_name(problem.dtype)}",
-        )
+        trials = trials_on(default_device())
+        metafunc.parametrize("problem, direction, candidate", trials, ids=[name(*trial) for trial in trials])
+
+
+def name(problem: Problem, direction: str, candidate: Candidate) -> str:
+    what = f"{problem.case.function}-{problem.shape}-{dtype_name(problem.dtype)}"
+    return f"{what}-{direction}-{candidate.name.replace(' ', '-')}"

@@ -16,7 +16,7 @@ One JSON file a benchmark, rewritten whole (temporary file, rename) after every 
     unavailable       {candidate: reason}, for candidates that could not take part at all
     complete          false while groups are missing (interrupted, or out of budget)
     rows              one each (problem, direction, candidate):
-        function, shape, dtype, direction ("forward"|"backward"), candidate, ours (bool)
+        function, shape, dtype, direction ("forward"|"backward", of an optimizer "step"), candidate, ours (bool)
         status            "ok", "wrong" (stopped by the gate), "refused" (candidate does not serve this), "failed"
         reason            why, unless ok
         error_ratio       largest error over torch's own in the same dtype, over all outputs and gradients
@@ -63,7 +63,7 @@ from bigkern.tools.evaluation import (
 )
 
 SCHEMA = 1
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "step")
 
 # A peer may be less exact than we allow ourselves, yet must compute the same thing; its error ratio is shown.
 OUR_FACTOR = 2.0
@@ -83,7 +83,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """A case at one dtype with what each direction moves and computes, at least."""
+    """A case at one dtype with what each of its directions moves and computes, at least."""
 
     case: Case
     shape: str
@@ -445,9 +445,9 @@ def make_contestant(
                 for name, value in inputs.items()
             }
             closures.append(
-                _forward_call(function, leaves)
-                if direction == "forward"
-                else _backward_call(function, leaves, problem.case.gradients, cotangents)
+                _backward_call(function, leaves, problem.case.gradients, cotangents)
+                if direction == "backward"
+                else _forward_call(function, leaves)
             )
     return Contestant(candidate.name, candidate.context, closures)
 

@@ -1,10 +1,10 @@
 """bigkern: hand-written CUDA and Triton kernels for PyTorch, as drop-in functions and layers."""
 
-from bigkern import nn, ops
+from bigkern import nn, ops, optim
 from bigkern.backend import Availability, BackendError, backends, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["Availability", "BackendError", "backends", "nn", "ops", "selfcheck", "use_backend"]
+__all__ = ["Availability", "BackendError", "backends", "nn", "ops", "optim", "selfcheck", "use_backend"]
 
 
 def selfcheck(*args, **kwargs):

@@ -136,6 +136,8 @@ def run(
         for name, value in inputs.items()
     }
     outputs = function(leaves)
+    if not gradients:
+        return {name: output.detach() for name, output in outputs.items()}
     grads = torch.autograd.grad(
         list(outputs.values()), [leaves[name] for name in gradients], [cotangents[name] for name in outputs]
     )

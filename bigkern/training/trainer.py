@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigkern import optim
 from bigkern.training.data import Split
 from bigkern.training.metrics import Evaluation, correct, evaluate, training_loss, variance
 
@@ -167,9 +168,9 @@ class Trainer:
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr)
+        return optim.Adam(model.parameters(), lr=lr)
     if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
+        return optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
     raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 

@@ -28,6 +28,8 @@ CONV = "csrc/kernels/conv.cuh"
 CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
 CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
+TENSORS = "csrc/kernels/multi_tensor.cuh"
+STEP = "csrc/kernels/optimizer_step.cuh"
 
 BUGS = [
     Bug(
@@ -234,6 +236,79 @@ BUGS = [
         CONV_WEIGHT,
         "starts[step % kStages][threadIdx.x] = walk.next(p);",
         "starts[(step + kStages - 1) % kStages][threadIdx.x] = walk.next(p);",
+        "plain",
+    ),
+    Bug(
+        "tail of the last chunk taken for a whole one",
+        "adam",
+        TENSORS,
+        "const int count = static_cast<int>(min(int64_t{kChunk}, numel - int64_t{chunk} * kChunk));",
+        "const int count = kChunk;",
+        "asan",
+    ),
+    Bug(
+        "int32 offset of a chunk",
+        "adam",
+        TENSORS,
+        "int64_t{tile_.chunk} * (kChunk * size)",
+        "static_cast<int>(uint32_t(tile_.chunk) * uint32_t(kChunk * size))",
+        "plain",
+    ),
+    Bug(
+        "gradients' addresses kept from the tensor before",
+        "adam",
+        STEP,
+        "    job.rule = previous->rule;\n",
+        "    job.rule = previous->rule;\n    job.grad = previous->grad;\n",
+        "plain",
+    ),
+    Bug(
+        "tables published to the last block without a fence",
+        "adam",
+        TENSORS,
+        "    __threadfence();\n    last = atomicAdd(finished, 1u) == gridDim.x - 1;\n    __threadfence();\n",
+        "    last = atomicAdd(finished, 1u) == gridDim.x - 1;\n",
+        "race",
+    ),
+    Bug(
+        "steps advanced before every block has read them",
+        "adam",
+        STEP,
+        "  if (is_last_block(finished_blocks(params.list))) {",
+        "  if (blockIdx.x == 0) {",
+        "race",
+    ),
+    Bug(
+        "norm published to the other blocks without a fence",
+        "adam",
+        "csrc/kernels/grad_norm.cuh",
+        "    __threadfence();\n    atomicAdd(arrived, 1u);",
+        "    atomicAdd(arrived, 1u);",
+        "race",
+    ),
+    Bug(
+        "tensor's scalars read before they are written",
+        "adam",
+        TENSORS,
+        "    __syncthreads();\n    work(turn.job, turn.chunks);",
+        "    work(turn.job, turn.chunks);",
+        "race",
+    ),
+    Bug("next tensor's scalars over those still read", "adam", TENSORS, "turns[count % 2]", "turns[0]", "race"),
+    Bug(
+        "block goes on into its neighbour's chunks",
+        "adam",
+        TENSORS,
+        "min(end_chunk, last) - first_chunk",
+        "end_chunk - first_chunk",
+        "plain",
+    ),
+    Bug(
+        "vectors in a misaligned tensor",
+        "adam",
+        STEP,
+        "job.aligned = addresses % 16 == 0;",
+        "job.aligned = true;",
         "plain",
     ),
 ]

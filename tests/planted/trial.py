@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import sys
 from pathlib import Path
 
@@ -190,14 +191,72 @@ def conv_case(library: ctypes.CDLL, shape: tuple[int, ...], pool: tuple[int, int
     )
 
 
+def adam(library: ctypes.CDLL) -> str | None:
+    """Tensors with tails, empty ones and a misaligned one; then the end of one beyond 2^31 elements, twice.
+
+    That one lies in address space that is reserved but never touched; its count of chunks starts below zero.
+    """
+    rng = np.random.default_rng(1)
+    chunk, far = 2048, 1 << 31
+    sizes = (5, 0, 2049, 4096, 7, 3001)
+    arrays = [[np.abs(rng.standard_normal(size)).astype(np.float32) for _ in range(4)] for size in sizes]
+    arrays[-1] = [np.concatenate([values[:1], values])[1:] for values in arrays[-1]]
+    failure = adam_steps(library, arrays, np.cumsum([-(-size // chunk) for size in sizes]))
+    if failure:
+        return failure
+    # Not from malloc: AddressSanitizer would mark each of these bytes.
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE, which Python names from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    huge = [np.frombuffer(mmap.mmap(-1, 4 * (far + 100), flags=flags), np.float32) for _ in range(4)]
+    for values in huge:
+        values[far:] = np.abs(rng.standard_normal(100))
+    empty = [np.empty(0, np.float32)] * 4
+    failure = adam_steps(library, [empty, huge], np.array([-far // chunk, 1]), far)
+    return f"beyond 2^31 elements: {failure}" if failure else None
+
+
+def adam_steps(library: ctypes.CDLL, arrays: list, ends: np.ndarray, begin: int = 0) -> str | None:
+    """Two steps on [param, exp_avg, exp_avg_sq, grad], the second with gradients that were allocated anew."""
+    steps = np.zeros((len(arrays), 16), np.float32)  # apart from one another, as torch's are
+    scratch, norm, ends = np.zeros(2 + 2048, np.int64), np.zeros(1, np.float32), ends.astype(np.int64)
+    hyper = np.array([[1e-2, 0, 0.9, 0.999, 1e-8, 0, 0, 0, 0, 0, 0]])
+    tensors = np.zeros((len(arrays), 10), np.int64)
+    for row, step, (param, exp_avg, exp_avg_sq, _) in zip(tensors, steps, arrays, strict=True):
+        row[:3] = [values.ctypes.data for values in (param, exp_avg, exp_avg_sq)]
+        row[6:8] = step.ctypes.data, param.size
+    for turn in (1, 2):
+        own = [[values[begin:].astype(np.float64) for values in tensor] for tensor in arrays]
+        total = np.sqrt(sum((tensor[3] ** 2).sum() for tensor in own))
+        grads = np.array([tensor[3].ctypes.data for tensor in arrays], np.int64)
+        tables = [pointer(tensors), pointer(ends), pointer(grads), ctypes.c_int64(len(arrays))]
+        rest = [pointer(hyper), pointer(scratch), ctypes.c_float(0.5 * total), pointer(norm)]
+        failure = call(library.run_adam, *tables, *rest) or compare("norm", norm, np.array([total]), 1e-6)
+        for tensor, (p, m, v, g) in zip(arrays, own, strict=True):
+            g = 0.5 * g
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p = p - 1e-2 / (1 - 0.9**turn) * m / (np.sqrt(v / (1 - 0.999**turn)) + 1e-8)
+            for name, got, wanted in zip(("param", "exp_avg", "exp_avg_sq", "grad"), tensor, (p, m, v, g), strict=True):
+                if wanted.size:
+                    failure = failure or compare(name, got[begin:], wanted, 2e-6)
+        if failure or (steps[:, 0] != turn).any():
+            return failure or f"wrong steps {steps[:, 0]} after {turn}"
+        if begin == 0:
+            for tensor in arrays:
+                tensor[3] = np.concatenate([2 * tensor[3], np.full(4, np.nan, np.float32)])[: tensor[3].size]
+    return None
+
+
+# A GPU of one block, so that persistent kernels go round their loops; or several at once, where blocks meet.
+ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
+GPUS = {"adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3)}
+
+
 def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
     library = emulated.open_library(Path(path), build)
-    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm, "conv": conv}[kernel]
+    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm, "adam": adam, "conv": conv}[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")
-        # A GPU of one block, so that persistent kernels go round their loops.
-        one = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
-        library.control.set_options(order=order, seed=int(seed), **one)
+        library.control.set_options(order=order, seed=int(seed), **GPUS.get(kernel, ONE_BLOCK))
         caught = run(library.functions)
         print(json.dumps({"schedule": schedule, "caught": caught}), flush=True)
         if caught:

@@ -121,6 +121,20 @@ def _conv(
     return call
 
 
+def _optimizer(launch: Callable) -> Callable:
+    """A launch of an optimizer's raw op on tables of two tensors; what they point at does not matter."""
+
+    def call():
+        from bigkern.ops.adam import _triton
+        from bigkern.ops.adam._plan import SCRATCH_WORDS, Column, Hyper
+
+        tensors, hyper = torch.zeros(2, len(Column), dtype=torch.int64), torch.zeros(1, len(Hyper), dtype=torch.float64)
+        ends, grads = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        launch(_triton, tensors, ends, grads, hyper, torch.zeros(SCRATCH_WORDS, dtype=torch.int64))
+
+    return call
+
+
 def conv_cases() -> list[Case]:
     """Calls that reach every kernel of convolution, each traversal and each dtype.
 
@@ -138,6 +152,33 @@ def conv_cases() -> list[Case]:
         Case("depthwise 3x3 bf16, silu", _conv((8, 96, 28, 28), 96, 3, half, groups=96, activation=4), "conv"),
         Case("64 3x3 fp32", _conv((8, 64, 28, 28), 64, 3, full, activation=0), "conv"),
         Case("64 3x3 TF32", _conv((8, 64, 28, 28), 64, 3, full, activation=3, tf32=True), "conv"),
+    ]
+
+
+def _step(kernel: str, *, extras: bool) -> Callable:
+    """A step, with everything that changes the code: GradScaler, clipping, zeroed gradients, stochastic rounding."""
+    scalar = torch.zeros(()) if extras else None
+    philox = torch.zeros(2, dtype=torch.int64) if extras else None
+
+    def launch(_triton, tensors, ends, grads, hyper, scratch):
+        _triton._step(kernel)(tensors, ends, grads, hyper, scratch, scalar, scalar, scalar, 1.0, extras, philox)
+
+    return _optimizer(launch)
+
+
+def optimizer_cases() -> list[Case]:
+    """Calls that reach every kernel of the optimizers."""
+    return [
+        Case("adam", _step("adam_step_kernel", extras=False), "adam"),
+        Case("adam with all extras", _step("adam_step_kernel", extras=True), "adam"),
+        Case("sgd", _step("sgd_step_kernel", extras=False), "adam"),
+        Case("sgd with all extras", _step("sgd_step_kernel", extras=True), "adam"),
+        *(
+            Case(
+                f"clip, norm {p:g}", _optimizer(lambda t, a, b, c, h, s, p=p: t._clip_grads(a, b, c, s, p, 1.0)), "adam"
+            )
+            for p in (1.0, 2.0, 3.0, float("inf"))
+        ),
     ]
 
 

@@ -67,3 +67,13 @@ def test_the_check_sees_spills():
         _triton.MAX_WHOLE_ROW_FORWARD = limit
     forward = next(row for row in rows if row["kernel"] == "layer_norm_forward_kernel")
     assert forward["LDL"] > 0 and forward["STL"] > 0 and forward["local"] > 0
+
+
+@pytest.mark.parametrize("case", pick(aot.optimizer_cases(), aot.optimizer_cases()[1:2]), ids=lambda case: case.name)
+def test_compiled_optimizer_kernels(case):
+    """No spills, and 16-byte accesses for whole chunks; a tensor's tail is accessed element by element."""
+    for row in aot.compile_case(case, 90):
+        assert row["LDL"] == row["STL"] == row["local"] == 0, f"spills: {row}"
+        assert row["ATOM"] == 0, f"atomics, so not deterministic: {row}"
+        if row["kernel"] in ("adam_step_kernel", "sgd_step_kernel", "scale_grads_kernel"):
+            assert row["LDG.128"] > 0 and row["STG.128"] > 0, row
