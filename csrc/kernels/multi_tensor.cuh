@@ -11,7 +11,9 @@
 // the tensor's rows and computes its scalars in double, as torch does on the host, while the others wait.
 //
 // Elements move 16 bytes an access where every address of the tensor is aligned to that; else, and for the last
-// elements of a tensor, one by one, neighbouring threads on neighbouring elements. Either way a thread holds V of them.
+// elements of a tensor, one by one, neighbouring threads on neighbouring elements. Either way a thread holds eight a
+// turn. Types are told apart by branches that a whole block takes alike: with a copy of the code for each pair of types
+// ptxas would have kept more than 64 registers alive, and one launch could not have served them all without spills.
 #pragma once
 
 #include "device/device.cuh"
