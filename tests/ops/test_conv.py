@@ -80,7 +80,7 @@ def test_scales(backend, device, dtype, scale):
 
 
 @dtypes
-@pytest.mark.parametrize("mean", [-100.0, 10.0])
+@pytest.mark.parametrize("mean", pick([-100.0, 10.0], [10.0]))
 def test_mean_far_from_zero(backend, device, dtype, mean):
     check(SMALL, SMALL.inputs(dtype, device, mean=mean))
 
@@ -152,7 +152,7 @@ def test_arguments_as_torch_takes_them(backend, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_layout", pick(LAYOUTS[:4], ["contiguous", "channels_last"]))
+@pytest.mark.parametrize("weight_layout", pick(LAYOUTS[:4], ["channels_last"]))
 @few
 def test_layouts(backend, device, form, layout, weight_layout):
     check(form, form.inputs(torch.bfloat16, device, layout=layout, weight_layout=weight_layout))
@@ -187,7 +187,7 @@ def formats_of(x):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("form", [SMALL, POOLED], ids=name_of)
+@pytest.mark.parametrize("form", pick([SMALL, POOLED], [POOLED]), ids=name_of)
 def test_memory_formats_propagate_as_torchs(backend, device, form, layout, weight_layout):
     inputs = form.inputs(device=device, layout=layout, weight_layout=weight_layout)
     output, expected = form.kernel(*inputs), form.reference(*inputs)
