@@ -21,8 +21,8 @@ namespace conv {
 struct WeightParams {
   const void* grad;  // images x out_h x out_w x filters, channels contiguous; strides in elements
   int64_t grad_image, grad_row, grad_pixel;
-  const void* input;  // images x height x width x channels
-  int64_t input_image, input_row, input_pixel;
+  const void* input;  // images x height x width x channels; chunks want contiguous channels
+  int64_t input_image, input_row, input_pixel, input_channel;
   int64_t places;  // images * out_h * out_w
   int out_h, out_w, height, width;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -115,8 +115,8 @@ struct WeightColumns {
     inside_b = tap < p.kernel_h * p.kernel_w;
     tap_h = inside_b ? tap / p.kernel_w * p.dilation_h : 0;
     tap_w = inside_b ? tap % p.kernel_w * p.dilation_w : 0;
-    input = static_cast<const T*>(p.input) + int64_t{tile.group} * p.channels;
-    if (inside_b) input += tap_h * p.input_row + tap_w * p.input_pixel + column % p.channels;
+    input = static_cast<const T*>(p.input) + int64_t{tile.group} * p.channels * p.input_channel;
+    if (inside_b) input += tap_h * p.input_row + tap_w * p.input_pixel + column % p.channels * p.input_channel;
   }
 
   __device__ __forceinline__ bool covers(const WeightParams& p, const PlaceStart& start) const {
