@@ -27,7 +27,12 @@ __device__ __forceinline__ float activate(float x, ConvActivation activation) {
   }
 }
 
-// The activation's derivative: of relu at what it returned, of the others at what they were given.
+__device__ __forceinline__ float sigmoid(float x) {
+  return 1.0f / (1.0f + expf(-x));
+}
+
+// The activation's derivative, with 1 - sigmoid(x) as sigmoid(-x), which keeps its digits where x is large: of relu at
+// what it returned, of the others at what they were given.
 __device__ __forceinline__ float activation_slope(float x, ConvActivation activation) {
   switch (activation) {
     case ConvActivation::kRelu:
@@ -35,12 +40,13 @@ __device__ __forceinline__ float activation_slope(float x, ConvActivation activa
     case ConvActivation::kGelu:
       return 0.5f * (1.0f + erff(x * kSqrtHalf)) + x * kInverseSqrtTwoPi * expf(-0.5f * x * x);
     case ConvActivation::kGeluTanh: {
-      const float t = tanhf(kTanhScale * (x + kTanhCubic * x * x * x));
-      return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * kTanhScale * (1.0f + 3.0f * kTanhCubic * x * x);
+      const float u = 2.0f * kTanhScale * (x + kTanhCubic * x * x * x);
+      const float upper = sigmoid(u), slope = 2.0f * kTanhScale * (1.0f + 3.0f * kTanhCubic * x * x);
+      return upper + x * upper * sigmoid(-u) * slope;
     }
     case ConvActivation::kSilu: {
-      const float sigmoid = 1.0f / (1.0f + expf(-x));
-      return sigmoid * (1.0f + x * (1.0f - sigmoid));
+      const float upper = sigmoid(x);
+      return upper + x * upper * sigmoid(-x);
     }
     default:
       return 1.0f;
