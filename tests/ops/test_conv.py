@@ -15,7 +15,17 @@ import bigkern
 from bigkern.ops import _triton_support, conv1d, conv2d
 from tests import numerics
 from tests.conftest import pick
-from tests.ops.convolutions import ACTIVATIONS, DTYPES, LAYOUTS, NAMED, NAMES, Convolution, generated, laid_out
+from tests.ops.convolutions import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    NAMED,
+    NAMES,
+    NO_PADDING,
+    Convolution,
+    generated,
+    laid_out,
+)
 
 # The interpreter takes about a second for each.
 GENERATED = generated(60 if _triton_support.INTERPRETED else 320)
@@ -237,6 +247,8 @@ def test_any_shape_layout_and_dtype(backend, device, data):
         return tuple(data.draw(st.integers(least, most)) for _ in range(rank))
 
     window, dilation, padding = sizes(1, 4), sizes(1, 3), sizes(0, 3)
+    if max(window) == 1:
+        padding = NO_PADDING[rank]
     reach = [d * (taps - 1) + 1 - 2 * pad for d, taps, pad in zip(dilation, window, padding, strict=True)]
     form = Convolution(
         "drawn",
