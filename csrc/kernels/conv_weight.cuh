@@ -169,7 +169,8 @@ class WeightChunkLoader {
 template <class T, class Shape>
 class WeightElementLoader {
  public:
-  // One block a multiprocessor: with 24 elements on their way to shared memory, 128 registers a thread would spill.
+  // One block a multiprocessor, as with fused multiply-adds: with 24 elements on their way to shared memory, 128
+  // registers a thread would spill.
   static constexpr int kStages = 2, kBlocks = 1;
 
   __device__ __forceinline__ WeightElementLoader(const WeightParams& p, const WeightTile& tile)
@@ -228,7 +229,8 @@ struct PutSums {
 }  // namespace conv
 
 template <class T, class Shape, class Product, template <class, class> class Loader>
-__global__ void __launch_bounds__(Shape::kThreads, Loader<T, Shape>::kBlocks)
+__global__ void __launch_bounds__(Shape::kThreads,
+                                  std::is_same_v<Product, conv::FusedMultiplyAdd> ? 1 : Loader<T, Shape>::kBlocks)
     conv_backward_weight_kernel(const conv::WeightParams p) {
   using namespace conv;
   constexpr int kStages = Loader<T, Shape>::kStages, kStageElements = (Shape::kM + Shape::kN) * Shape::kK;
