@@ -90,7 +90,7 @@ DTYPES = {
 
 # Tiles keep two blocks of 256 threads on a multiprocessor, whose copies then overlap with the other's products.
 _TILE = 128
-# But for the weight gradient by single elements, whose loads in flight fill the registers of one.
+# But for the weight gradient by single elements or fused multiply-adds, which fill the registers with one.
 _ALONE = 192
 _SHARED_LARGE, _SHARED_MEDIUM, _SHARED_SMALL, _SHARED_ELEMENTS, _SHARED_WEIGHT = 69632, 49152, 32768, 36864, 49152
 _MMA, _COPIES = {"*": "HMMA"}, {"*": "LDGSTS"}
@@ -105,14 +105,14 @@ static_plan = [
     KernelPlan(rf"{_GEMM}, 128, 64, .*FusedMultiplyAdd, .*ElementLoader", 256, _TILE, False, _SHARED_ELEMENTS),
     KernelPlan(rf"{_WEIGHT}TensorCores, .*WeightChunkLoader", 256, _TILE, False, _SHARED_WEIGHT, _MMA),
     KernelPlan(rf"{_WEIGHT}TensorCores, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2, _MMA),
-    KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightChunkLoader", 256, _TILE, False, _SHARED_WEIGHT, _COPIES),
+    KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightChunkLoader", 256, _ALONE, False, _SHARED_WEIGHT, _COPIES),
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2),
     # Strips of sums in registers: enough loads in flight with 512 threads.
     KernelPlan(r"^conv_depthwise_kernel<\w+, [48],", 256, 128, vectorised=True),
     KernelPlan(r"^conv_depthwise_kernel<\w+, 1,", 256, 128),
     KernelPlan(r"^conv_depthwise_weight_kernel<", 256, 128),
-    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, [48]>", 256, 80, vectorised=True),
-    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, 1>", 256, 80),
+    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, [48]>", 256, 128, vectorised=True),
+    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, 1>", 256, 128),
     KernelPlan(r"^conv_(permute|sum_parts)_kernel<", 256, 64),
 ]
 

@@ -19,9 +19,10 @@
 //   conv_depthwise.cuh  one channel a group: bound by memory, without tiles
 //   conv_layout.cuh     copies between layouts
 //
-// Layouts: every kernel reads images with contiguous channels, of any other strides. Others (NCHW) are copied first, at
-// a read and a write of the operand; results in NCHW are copied last. Weights are copied wherever their channels do not
-// lie as the path wants them: they are small.
+// Layouts: kernels read images with contiguous channels, of any other strides, or of up to 4 channels as they lie.
+// Others (NCHW) are copied first, at a read and a write of the operand. Results in NCHW are stored as such by the
+// tiles' epilogue; depthwise ones and those of a separate pool are copied last. Weights are copied wherever their
+// channels do not lie as the path wants them: they are small.
 //
 // Numerics: fp32 accumulators over all of k in one order; one rounding at the end. TF32 rounds operands to nearest,
 // halves away from zero. Offsets are 64-bit; coordinates and the k axis are int, which csrc/torch/conv.cpp checks.
@@ -97,6 +98,15 @@ int channels_contiguous(ConvTensor& tensor, int64_t images, int channels, int he
   if (height == 1) tensor.row = 0;
   if (width == 1) tensor.column = 0;
   return 0;
+}
+
+// The images of forward and weight gradient. Few channels are read as they lie: single elements gain nothing from a
+// copy.
+template <class T>
+int input_channels_contiguous(ConvTensor& input, const ConvShape& shape, Stream stream, const Allocate& allocate) {
+  constexpr int kFewChannels = 4;
+  if (shape.groups == 1 && shape.channels > 1 && shape.channels <= kFewChannels) return 0;
+  return channels_contiguous<T>(input, shape.images, shape.channels, shape.height, shape.width, stream, allocate);
 }
 
 // Filters as taps x channels, for one channel a group.
@@ -185,7 +195,8 @@ int launch_gemm_tile(GemmParams p, int classes, const Epilogue& epilogue, Stream
 template <class T>
 bool whole_chunks(const GemmParams& p) {
   constexpr int V = kVecElements<T>;
-  return p.channels % V == 0 && whole_vectors({p.a, p.a_image, 1, p.a_row, p.a_pixel}, V, sizeof(T)) &&
+  return p.channels % V == 0 && p.a_channel == 1 &&
+         whole_vectors({p.a, p.a_image, 1, p.a_row, p.a_pixel}, V, sizeof(T)) &&
          whole_vectors({p.b, p.b_filter, 1, p.b_row, p.b_tap}, V, sizeof(T));
 }
 
@@ -236,7 +247,7 @@ int launch_gemm(const GemmParams& p, bool tf32, bool small, const Epilogue& epil
 template <class T, class Product>
 int launch_weight(const WeightParams& p, Stream stream) {
   constexpr int V = kVecElements<T>;
-  const bool chunks = p.channels % V == 0 && p.filters % V == 0 &&
+  const bool chunks = p.channels % V == 0 && p.filters % V == 0 && p.input_channel == 1 &&
                       whole_vectors({p.grad, p.grad_image, 1, p.grad_row, p.grad_pixel}, V, sizeof(T)) &&
                       whole_vectors({p.input, p.input_image, 1, p.input_row, p.input_pixel}, V, sizeof(T));
   return chunks ? launch_weight_tile<T, Product, WeightChunkLoader>(p, stream)
@@ -270,6 +281,7 @@ inline WeightParams weight_params(const ConvShape& s, const ConvTensor& grad, co
   WeightParams p{};
   p.grad = grad.data, p.grad_image = grad.image, p.grad_row = grad.row, p.grad_pixel = grad.column;
   p.input = input.data, p.input_image = input.image, p.input_row = input.row, p.input_pixel = input.column;
+  p.input_channel = input.channel;
   p.places = s.images * s.out_h * s.out_w;
   p.out_h = s.out_h, p.out_w = s.out_w, p.height = s.height, p.width = s.width;
   p.stride_h = s.stride_h, p.stride_w = s.stride_w;
@@ -295,13 +307,13 @@ inline GemmParams gemm_params(const ConvShape& shape, bool transposed, const Con
   GemmParams p{};
   set_axes(shape, transposed, p);
   const int channels = shape.channels / shape.groups, filters = shape.filters / shape.groups;
-  p.a = a.data, p.a_image = a.image, p.a_row = a.row, p.a_pixel = a.column;
+  p.a = a.data, p.a_image = a.image, p.a_row = a.row, p.a_pixel = a.column, p.a_channel = a.channel;
   p.b = b.data, p.b_filter = b.image, p.b_row = b.row, p.b_tap = b.column;
   p.groups = shape.groups, p.channels = transposed ? filters : channels, p.filters = transposed ? channels : filters;
   return p;
 }
 
-// Where results go before they are copied to their layout: images x height x width x filters.
+// Where the results of a pass go; none but the output in passes before the last.
 template <class T>
 struct Results {
   T* output;
@@ -309,46 +321,54 @@ struct Results {
   uint8_t* argmax;   // or null
 };
 
-// Forward without a pool, or with one that the tiles hold. `pooled` says which it was.
 template <class T>
-int launch_conv(const ConvForwardParams& params, const Results<T>& final, const Allocate& allocate, Stream stream,
-                Results<T>& written, bool& pooled) {
+int launch_depthwise_forward(const ConvForwardParams& params, ConvActivation activation, const Results<T>& results,
+                             Stream stream, const Allocate& allocate) {
   const ConvShape& shape = params.shape;
-  const bool wants_pool = params.pool.kernel_h > 0;
-  const int64_t places = shape.images * shape.out_h * shape.out_w;
   ConvTensor input = params.input, weight = params.weight;
   if (int error =
           channels_contiguous<T>(input, shape.images, shape.channels, shape.height, shape.width, stream, allocate)) {
     return error;
   }
-  auto before_pool = [&] { return Results<T>{static_cast<T*>(allocate(places * shape.filters * sizeof(T)))}; };
+  if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
+  DepthwiseParams<T> p = depthwise_params<T>(shape, false, input, weight);
+  p.bias = static_cast<const T*>(params.bias);
+  p.activation = activation;
+  p.output = results.output, p.preactivation = results.preactivation;
+  return launch_depthwise(p, stream);
+}
 
-  if (is_depthwise(shape)) {
-    if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
-    pooled = false;
-    written = wants_pool ? before_pool() : final;
-    DepthwiseParams<T> p = depthwise_params<T>(shape, false, input, weight);
-    p.bias = static_cast<const T*>(params.bias);
-    p.activation = wants_pool ? ConvActivation::kNone : params.activation;
-    p.output = written.output, p.preactivation = written.preactivation;
-    return launch_depthwise(p, stream);
+// Forward through passes over channels_last memory: the convolution, then a pool where one is wanted and has not been
+// fused, then a copy where NCHW is wanted. `convolve(activation, results)` launches the first.
+template <class T, class Convolve>
+int launch_passes(const ConvForwardParams& params, bool pools, Stream stream, const Allocate& allocate,
+                  Convolve&& convolve) {
+  const ConvShape& shape = params.shape;
+  const int out_h = pools ? params.pool.out_h : shape.out_h, out_w = pools ? params.pool.out_w : shape.out_w;
+  const int64_t outputs = shape.images * out_h * out_w * shape.filters;
+  Results<T> last = {static_cast<T*>(params.output), static_cast<T*>(params.preactivation), params.argmax};
+  if (!params.channels_last) {
+    last.output = static_cast<T*>(allocate(outputs * sizeof(T)));
+    if (last.preactivation != nullptr) last.preactivation = static_cast<T*>(allocate(outputs * sizeof(T)));
+    if (last.argmax != nullptr) last.argmax = static_cast<uint8_t*>(allocate(outputs));
   }
-  if (int error = channels_contiguous<T>(weight, shape.filters, shape.channels / shape.groups, shape.kernel_h,
-                                         shape.kernel_w, stream, allocate)) {
-    return error;
+  if (pools) {
+    const int64_t places = shape.images * shape.out_h * shape.out_w;
+    T* const conv = static_cast<T*>(allocate(places * shape.filters * sizeof(T)));
+    if (int error = convolve(ConvActivation::kNone, Results<T>{conv, nullptr, nullptr})) return error;
+    const PoolParams<T> pool{conv,        shape.images,      shape.filters, shape.out_h,        shape.out_w,
+                             params.pool, params.activation, last.output,   last.preactivation, last.argmax};
+    if (int error = launch_pool(pool, stream)) return error;
+  } else {
+    if (int error = convolve(params.activation, last)) return error;
   }
-  GemmParams p = gemm_params(shape, false, input, weight);
-  const bool small = wants_small_tile<T>(p);
-  pooled = wants_pool && plan_pool(params.pool, small ? kTileRowsSmall : kTileRows, p);
-  if (!pooled) p.pool_tile = PoolTile::kNone;
-  written = wants_pool && !pooled ? before_pool() : final;
-  StoreOutput<T> store{};
-  store.bias = static_cast<const T*>(params.bias);
-  store.output = written.output, store.preactivation = written.preactivation, store.argmax = written.argmax;
-  store.row_filters = shape.filters;
-  store.activation = wants_pool && !pooled ? ConvActivation::kNone : params.activation;
-  store.vectors = p.filters % kVecElements<T> == 0;
-  return launch_gemm<T>(p, params.tf32, small, store, stream);
+  if (params.channels_last) return 0;
+  auto spread = [&](const auto* from, void* to) {
+    return copy_to_contiguous(from, to, shape.images, shape.filters, out_h, out_w, stream);
+  };
+  if (int error = spread(last.output, params.output)) return error;
+  if (int error = spread(last.preactivation, params.preactivation)) return error;
+  return spread(last.argmax, params.argmax);
 }
 
 }  // namespace conv
@@ -358,29 +378,41 @@ int conv_forward(const ConvForwardParams& params, Stream stream, const Allocate&
   using namespace conv;
   const ConvShape& shape = params.shape;
   const bool wants_pool = params.pool.kernel_h > 0;
-  const int out_h = wants_pool ? params.pool.out_h : shape.out_h, out_w = wants_pool ? params.pool.out_w : shape.out_w;
-  const int64_t outputs = shape.images * out_h * out_w * shape.filters;
-  Results<T> final = {static_cast<T*>(params.output), static_cast<T*>(params.preactivation), params.argmax};
-  if (!params.channels_last) {
-    final.output = static_cast<T*>(allocate(outputs * sizeof(T)));
-    if (params.preactivation != nullptr) final.preactivation = static_cast<T*>(allocate(outputs * sizeof(T)));
-    if (params.argmax != nullptr) final.argmax = static_cast<uint8_t*>(allocate(outputs));
+  if (is_depthwise(shape)) {
+    return launch_passes<T>(params, wants_pool, stream, allocate, [&](ConvActivation activation, const auto& results) {
+      return launch_depthwise_forward<T>(params, activation, results, stream, allocate);
+    });
   }
-  Results<T> written{};
-  bool pooled = false;
-  if (int error = launch_conv(params, final, allocate, stream, written, pooled)) return error;
-  if (wants_pool && !pooled) {
-    const PoolParams<T> pool{written.output, shape.images,      shape.filters, shape.out_h,         shape.out_w,
-                             params.pool,    params.activation, final.output,  final.preactivation, final.argmax};
-    if (int error = launch_pool(pool, stream)) return error;
+  ConvTensor input = params.input, weight = params.weight;
+  if (int error = input_channels_contiguous<T>(input, shape, stream, allocate)) return error;
+  if (int error = channels_contiguous<T>(weight, shape.filters, shape.channels / shape.groups, shape.kernel_h,
+                                         shape.kernel_w, stream, allocate)) {
+    return error;
   }
-  if (params.channels_last) return 0;
-  auto spread = [&](const auto* from, void* to) {
-    return copy_to_contiguous(from, to, shape.images, shape.filters, out_h, out_w, stream);
+  GemmParams p = gemm_params(shape, false, input, weight);
+  const bool small = wants_small_tile<T>(p);
+  const bool fused = wants_pool && plan_pool(params.pool, small ? kTileRowsSmall : kTileRows, p);
+  auto convolve = [&](ConvActivation activation, const Results<T>& results, int64_t plane) {
+    const StoreOutput<T> store{static_cast<const T*>(params.bias),
+                               results.output,
+                               results.preactivation,
+                               results.argmax,
+                               shape.filters,
+                               activation,
+                               p.filters % kVecElements<T> == 0,
+                               plane};
+    return launch_gemm<T>(p, params.tf32, small, store, stream);
   };
-  if (int error = spread(final.output, params.output)) return error;
-  if (int error = spread(final.preactivation, params.preactivation)) return error;
-  return spread(final.argmax, params.argmax);
+  if (wants_pool && !fused) {
+    p.pool_tile = PoolTile::kNone;
+    return launch_passes<T>(params, true, stream, allocate, [&](ConvActivation activation, const auto& results) {
+      return convolve(activation, results, 0);
+    });
+  }
+  const int64_t plane =
+      wants_pool ? int64_t{params.pool.out_h} * params.pool.out_w : int64_t{shape.out_h} * shape.out_w;
+  const Results<T> results{static_cast<T*>(params.output), static_cast<T*>(params.preactivation), params.argmax};
+  return convolve(params.activation, results, params.channels_last ? 0 : plane);
 }
 
 template <class T>
@@ -420,25 +452,24 @@ int conv_backward_input(const ConvBackwardInputParams& params, Stream stream, co
           channels_contiguous<T>(grad, shape.images, shape.filters, shape.out_h, shape.out_w, stream, allocate)) {
     return error;
   }
-  const int64_t places = shape.images * shape.height * shape.width;
-  T* const result =
-      static_cast<T*>(params.channels_last ? params.grad_input : allocate(places * shape.channels * sizeof(T)));
-  if (is_depthwise(shape)) {
-    if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
-    DepthwiseParams<T> p = depthwise_params<T>(shape, true, grad, weight);
-    p.output = result;
-    if (int error = launch_depthwise(p, stream)) return error;
-  } else {
+  if (!is_depthwise(shape)) {
     if (int error = exchange_channels<T>(weight, shape, stream, allocate)) return error;
     const GemmParams p = gemm_params(shape, true, grad, weight);
     StoreOutput<T> store{};
-    store.output = result;
+    store.output = static_cast<T*>(params.grad_input);
     store.row_filters = shape.channels;
     store.vectors = p.filters % kVecElements<T> == 0;
-    if (int error = launch_gemm<T>(p, params.tf32, wants_small_tile<T>(p), store, stream)) return error;
+    store.plane = params.channels_last ? 0 : int64_t{shape.height} * shape.width;
+    return launch_gemm<T>(p, params.tf32, wants_small_tile<T>(p), store, stream);
   }
+  if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
+  DepthwiseParams<T> p = depthwise_params<T>(shape, true, grad, weight);
+  const int64_t elements = shape.images * shape.channels * shape.height * shape.width;
+  p.output = static_cast<T*>(params.channels_last ? params.grad_input : allocate(elements * sizeof(T)));
+  if (int error = launch_depthwise(p, stream)) return error;
   if (params.channels_last) return 0;
-  return copy_to_contiguous(result, params.grad_input, shape.images, shape.channels, shape.height, shape.width, stream);
+  return copy_to_contiguous(p.output, params.grad_input, shape.images, shape.channels, shape.height, shape.width,
+                            stream);
 }
 
 template <class T>
@@ -451,10 +482,7 @@ int conv_backward_weight(const ConvBackwardWeightParams& params, Stream stream, 
           channels_contiguous<T>(grad, shape.images, shape.filters, shape.out_h, shape.out_w, stream, allocate)) {
     return error;
   }
-  if (int error =
-          channels_contiguous<T>(input, shape.images, shape.channels, shape.height, shape.width, stream, allocate)) {
-    return error;
-  }
+  if (int error = input_channels_contiguous<T>(input, shape, stream, allocate)) return error;
   WeightParams p = weight_params(shape, grad, input);
   const bool depthwise = is_depthwise(shape);
   const DepthwiseWeightGrid grid = plan_depthwise_weight<T>(p);

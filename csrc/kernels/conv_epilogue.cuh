@@ -27,7 +27,12 @@ __device__ __forceinline__ float activate(float x, ConvActivation activation) {
   }
 }
 
-// The activation's derivative: of relu at what it returned, of the others at what they were given.
+__device__ __forceinline__ float sigmoid(float x) {
+  return 1.0f / (1.0f + expf(-x));
+}
+
+// The activation's derivative, with 1 - sigmoid(x) as sigmoid(-x), which keeps its digits where x is large: of relu at
+// what it returned, of the others at what they were given.
 __device__ __forceinline__ float activation_slope(float x, ConvActivation activation) {
   switch (activation) {
     case ConvActivation::kRelu:
@@ -35,12 +40,13 @@ __device__ __forceinline__ float activation_slope(float x, ConvActivation activa
     case ConvActivation::kGelu:
       return 0.5f * (1.0f + erff(x * kSqrtHalf)) + x * kInverseSqrtTwoPi * expf(-0.5f * x * x);
     case ConvActivation::kGeluTanh: {
-      const float t = tanhf(kTanhScale * (x + kTanhCubic * x * x * x));
-      return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * kTanhScale * (1.0f + 3.0f * kTanhCubic * x * x);
+      const float u = 2.0f * kTanhScale * (x + kTanhCubic * x * x * x);
+      const float upper = sigmoid(u), slope = 2.0f * kTanhScale * (1.0f + 3.0f * kTanhCubic * x * x);
+      return upper + x * upper * sigmoid(-u) * slope;
     }
     case ConvActivation::kSilu: {
-      const float sigmoid = 1.0f / (1.0f + expf(-x));
-      return sigmoid * (1.0f + x * (1.0f - sigmoid));
+      const float upper = sigmoid(x);
+      return upper + x * upper * sigmoid(-x);
     }
     default:
       return 1.0f;
@@ -91,7 +97,8 @@ struct WindowMax {
   }
 };
 
-// Stores activation(sum + bias), or its maxima over the pooling windows, with the channels of a place contiguous.
+// Stores activation(sum + bias), or its maxima over the pooling windows: the filters of a place side by side, or, where
+// plane is not 0, the places of an image.
 template <class T>
 struct StoreOutput {
   const T* bias;        // or null
@@ -100,7 +107,8 @@ struct StoreOutput {
   uint8_t* argmax;      // or null
   int64_t row_filters;  // of all groups
   ConvActivation activation;
-  bool vectors;  // whole vectors of filters, aligned
+  bool vectors;   // whole vectors of filters, aligned
+  int64_t plane;  // places of an image of the result (NCHW), or 0 (NHWC)
 
   template <class Shape>
   __device__ __forceinline__ void store(const GemmParams& p, const TilePlace& tile, const float* results,
@@ -144,7 +152,7 @@ struct StoreOutput {
       int row;
       const int64_t place = pooled_place(p, tile, window, row);
       if (place < 0) continue;
-      const int pitch = p.pool_tile == PoolTile::kBox ? p.box_w : p.pool.kernel_w;
+      const int pitch = window_pitch(p);
       WindowMax<T, V> best;
       for (int y = 0; y < p.pool.kernel_h; y++) {
         for (int x = 0; x < p.pool.kernel_w; x++) {
@@ -179,6 +187,45 @@ struct StoreOutput {
     }
   }
 
+  // A warp has the places of one filter.
+  template <class Shape>
+  __device__ __forceinline__ void store_planes(const GemmParams& p, const TilePlace& tile, const float* results,
+                                               const int64_t* places) const {
+    const bool pooled = p.pool_tile != PoolTile::kNone;
+    const int items = pooled ? p.windows : Shape::kM, pitch = window_pitch(p);
+    const int count = min(p.filters - tile.n * Shape::kN, Shape::kN);
+    const int64_t first = int64_t{tile.group} * p.filters + tile.n * Shape::kN;
+    for (int item = threadIdx.x % 32; item < items; item += 32) {
+      int row = item;
+      const int64_t place = pooled ? pooled_place(p, tile, item, row) : places[item];
+      if (place < 0) continue;
+      const int64_t image = place / plane, start = (image * row_filters + first) * plane + place - image * plane;
+      for (int col = threadIdx.x / 32; col < count; col += Shape::kThreads / 32) {
+        const float* const column = results + col * kColumnPitch<Shape>;
+        const float shift = bias != nullptr ? to_float(bias[first + col]) : 0.0f;
+        const int64_t offset = start + col * plane;
+        int from = row;
+        float value[1] = {activate(column[row] + shift, activation)};
+        if (pooled) {
+          WindowMax<T, 1> best;
+          for (int y = 0; y < p.pool.kernel_h; y++) {
+            for (int x = 0; x < p.pool.kernel_w; x++) {
+              const int at = row + y * pitch + x;
+              if (places[at] < 0) continue;
+              value[0] = activate(column[at] + shift, activation);
+              best.take(value, y * p.pool.kernel_w + x);
+            }
+          }
+          value[0] = best.value[0];
+          from = row + best.place[0] / p.pool.kernel_w * pitch + best.place[0] % p.pool.kernel_w;
+          if (argmax != nullptr) argmax[offset] = static_cast<uint8_t>(best.place[0]);
+        }
+        output[offset] = from_float<T>(value[0]);
+        if (preactivation != nullptr) preactivation[offset] = from_float<T>(column[from] + shift);
+      }
+    }
+  }
+
  private:
   // V results of a row. Of 8, lanes 4 to 7 of every 8 read their second half first: 8 lanes then read 128 different
   // bytes of the 256 that are theirs.
@@ -196,6 +243,11 @@ struct StoreOutput {
       values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
       values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
     }
+  }
+
+  // Rows of the tile from one line of a window to the next.
+  static __device__ __forceinline__ int window_pitch(const GemmParams& p) {
+    return p.pool_tile == PoolTile::kBox ? p.box_w : p.pool.kernel_w;
   }
 
   // The pooled place of a tile's window, or -1, and the row of the tile that the window starts at.

@@ -68,9 +68,9 @@ enum class PoolTile : int {
 };
 
 struct GemmParams {
-  const void* a;                    // images x operand_h x operand_w, channels contiguous
-  int64_t a_image, a_row, a_pixel;  // strides in elements
-  const void* b;                    // filters; channels contiguous
+  const void* a;                               // images x operand_h x operand_w x channels
+  int64_t a_image, a_row, a_pixel, a_channel;  // strides in elements; chunks want contiguous channels
+  const void* b;                               // filters; channels contiguous
   int64_t b_filter, b_row, b_tap;
   AxisShape height, width;
   bool transposed;
@@ -213,7 +213,7 @@ class ChunkLoader {
       : p_(p),
         tile_(tile),
         walk_(chunk() * Shape::kVector, p.channels, tile.height.taps, tile.width.taps),
-        base_(static_cast<const T*>(p.a) + static_cast<int64_t>(tile.group) * p.channels) {
+        base_(static_cast<const T*>(p.a) + int64_t{tile.group} * p.channels) {
 #pragma unroll
     for (int i = 0; i < kRowsA; i++) starts_[i] = rows[row(i)];
     const int64_t filter = int64_t{tile.group} * p.filters + tile.n * Shape::kN + row(0);
@@ -272,7 +272,7 @@ class ElementLoader {
         tile_(tile),
         rows_(rows),
         walk_(k(), p.channels, tile.height.taps, tile.width.taps),
-        base_(static_cast<const T*>(p.a) + static_cast<int64_t>(tile.group) * p.channels) {
+        base_(static_cast<const T*>(p.a) + int64_t{tile.group} * p.channels * p.a_channel) {
     const int64_t filter = int64_t{tile.group} * p.filters + tile.n * Shape::kN + row(0);
     filters_ = static_cast<const T*>(p.b) + filter * p.b_filter;
   }
@@ -280,7 +280,7 @@ class ElementLoader {
   __device__ __forceinline__ void start(T*) {
     const int tap_h = walk_.r * tile_.height.step, tap_w = walk_.s * tile_.width.step;
     const bool inside = walk_.inside();
-    const T* const tap = base_ + tap_h * p_.a_row + tap_w * p_.a_pixel + walk_.c;
+    const T* const tap = base_ + tap_h * p_.a_row + tap_w * p_.a_pixel + walk_.c * p_.a_channel;
 #pragma unroll
     for (int i = 0; i < kRowsA; i++) {
       const RowStart at = rows_[row(i)];
@@ -330,12 +330,18 @@ template <class T, class Shape, template <class, class> class Loader>
 __host__ __device__ constexpr size_t gemm_shared_bytes() {
   const size_t stages = Loader<T, Shape>::kStages * (Shape::kM + Shape::kN) * 64;
   const size_t results = Shape::kM * kResultPitch<Shape> * sizeof(float);
+  static_assert(Shape::kN * (Shape::kM + 4) <= Shape::kM * kResultPitch<Shape>, "by columns they take no more");
   return stages > results ? stages : results;
 }
 
+// The results by columns, for outputs in NCHW: 4 mod 32 words a column, so that the fragments' rows g of columns 2 t
+// fall on 8 t + g.
+template <class Shape>
+constexpr int kColumnPitch = Shape::kM + 4;
+
 // Accumulators into the tile of results.
 template <class Shape>
-struct PutResults {
+struct PutRows {
   float* results;
 
   __device__ __forceinline__ void operator()(int row, int col, float first, float second) const {
@@ -343,6 +349,19 @@ struct PutResults {
   }
   __device__ __forceinline__ void operator()(int row, int col, float value) const {
     results[row * kResultPitch<Shape> + col] = value;
+  }
+};
+
+template <class Shape>
+struct PutColumns {
+  float* results;
+
+  __device__ __forceinline__ void operator()(int row, int col, float first, float second) const {
+    (*this)(row, col, first);
+    (*this)(row, col + 1, second);
+  }
+  __device__ __forceinline__ void operator()(int row, int col, float value) const {
+    results[col * kColumnPitch<Shape> + row] = value;
   }
 };
 
@@ -400,9 +419,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
   __syncthreads();  // the stages become the tile of results
 
   float* const results = reinterpret_cast<float*>(memory);
-  sums.each(PutResults<Shape>{results});
-  __syncthreads();
-  epilogue.template store<Shape>(p, tile, results, places);
+  if (epilogue.plane > 0) {
+    sums.each(PutColumns<Shape>{results});
+    __syncthreads();
+    epilogue.template store_planes<Shape>(p, tile, results, places);
+  } else {
+    sums.each(PutRows<Shape>{results});
+    __syncthreads();
+    epilogue.template store<Shape>(p, tile, results, places);
+  }
 }
 
 }  // namespace bigkern

@@ -57,7 +57,7 @@ struct Element {
 }  // namespace conv
 
 template <class T, int V>
-__global__ void __launch_bounds__(conv::kPoolThreads) conv_pool_kernel(const conv::PoolParams<T> p) {
+__global__ void __launch_bounds__(conv::kPoolThreads, 2) conv_pool_kernel(const conv::PoolParams<T> p) {
   using namespace conv;
   const Element at(p.images, p.pool.out_h, p.pool.out_w, p.filters, V);
   if (!at.valid) return;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(conv::kPoolThreads) conv_pool_kernel(const con
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(conv::kPoolThreads)
+__global__ void __launch_bounds__(conv::kPoolThreads, 2)
     conv_backward_epilogue_kernel(const conv::BackwardEpilogueParams<T> p) {
   using namespace conv;
   const Element at(p.images, p.conv_h, p.conv_w, p.filters, V);

@@ -21,8 +21,8 @@ namespace conv {
 struct WeightParams {
   const void* grad;  // images x out_h x out_w x filters, channels contiguous; strides in elements
   int64_t grad_image, grad_row, grad_pixel;
-  const void* input;  // images x height x width x channels
-  int64_t input_image, input_row, input_pixel;
+  const void* input;  // images x height x width x channels; chunks want contiguous channels
+  int64_t input_image, input_row, input_pixel, input_channel;
   int64_t places;  // images * out_h * out_w
   int out_h, out_w, height, width;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -115,8 +115,8 @@ struct WeightColumns {
     inside_b = tap < p.kernel_h * p.kernel_w;
     tap_h = inside_b ? tap / p.kernel_w * p.dilation_h : 0;
     tap_w = inside_b ? tap % p.kernel_w * p.dilation_w : 0;
-    input = static_cast<const T*>(p.input) + int64_t{tile.group} * p.channels;
-    if (inside_b) input += tap_h * p.input_row + tap_w * p.input_pixel + column % p.channels;
+    input = static_cast<const T*>(p.input) + int64_t{tile.group} * p.channels * p.input_channel;
+    if (inside_b) input += tap_h * p.input_row + tap_w * p.input_pixel + column % p.channels * p.input_channel;
   }
 
   __device__ __forceinline__ bool covers(const WeightParams& p, const PlaceStart& start) const {
@@ -169,7 +169,8 @@ class WeightChunkLoader {
 template <class T, class Shape>
 class WeightElementLoader {
  public:
-  // One block a multiprocessor: with 24 elements on their way to shared memory, 128 registers a thread would spill.
+  // One block a multiprocessor, as with fused multiply-adds: with 24 elements on their way to shared memory, 128
+  // registers a thread would spill.
   static constexpr int kStages = 2, kBlocks = 1;
 
   __device__ __forceinline__ WeightElementLoader(const WeightParams& p, const WeightTile& tile)
@@ -228,7 +229,8 @@ struct PutSums {
 }  // namespace conv
 
 template <class T, class Shape, class Product, template <class, class> class Loader>
-__global__ void __launch_bounds__(Shape::kThreads, Loader<T, Shape>::kBlocks)
+__global__ void __launch_bounds__(Shape::kThreads,
+                                  std::is_same_v<Product, conv::FusedMultiplyAdd> ? 1 : Loader<T, Shape>::kBlocks)
     conv_backward_weight_kernel(const conv::WeightParams p) {
   using namespace conv;
   constexpr int kStages = Loader<T, Shape>::kStages, kStageElements = (Shape::kM + Shape::kN) * Shape::kK;

@@ -577,5 +577,5 @@ def test_unsupported_says_why():
     assert "float64" in _cuda.unsupported(x.double(), weight, bias, *window, ())
     assert "one dtype" in _cuda.unsupported(x, weight.float(), bias, *window, ())
     assert "one dtype" in _cuda.unsupported(x, weight, bias.float(), *window, ())
-    assert "at most 255" in _cuda.unsupported(x, weight, bias, *window, (16, 16, 1, 1, 8, 8))
+    assert "up to 255" in _cuda.unsupported(x, weight, bias, *window, (16, 16, 1, 1, 8, 8))
     assert "meta" in _cuda.unsupported(x.to("meta"), weight, bias, *window, ())

@@ -15,7 +15,17 @@ import bigkern
 from bigkern.ops import _triton_support, conv1d, conv2d
 from tests import numerics
 from tests.conftest import pick
-from tests.ops.convolutions import ACTIVATIONS, DTYPES, LAYOUTS, NAMED, NAMES, Convolution, generated, laid_out
+from tests.ops.convolutions import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    NAMED,
+    NAMES,
+    NO_PADDING,
+    Convolution,
+    generated,
+    laid_out,
+)
 
 # The interpreter takes about a second for each.
 GENERATED = generated(60 if _triton_support.INTERPRETED else 320)
@@ -80,7 +90,7 @@ def test_scales(backend, device, dtype, scale):
 
 
 @dtypes
-@pytest.mark.parametrize("mean", [-100.0, 10.0])
+@pytest.mark.parametrize("mean", pick([-100.0, 10.0], [10.0]))
 def test_mean_far_from_zero(backend, device, dtype, mean):
     check(SMALL, SMALL.inputs(dtype, device, mean=mean))
 
@@ -152,7 +162,7 @@ def test_arguments_as_torch_takes_them(backend, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_layout", pick(LAYOUTS[:4], ["contiguous", "channels_last"]))
+@pytest.mark.parametrize("weight_layout", pick(LAYOUTS[:4], ["channels_last"]))
 @few
 def test_layouts(backend, device, form, layout, weight_layout):
     check(form, form.inputs(torch.bfloat16, device, layout=layout, weight_layout=weight_layout))
@@ -187,7 +197,7 @@ def formats_of(x):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("form", [SMALL, POOLED], ids=name_of)
+@pytest.mark.parametrize("form", pick([SMALL, POOLED], [POOLED]), ids=name_of)
 def test_memory_formats_propagate_as_torchs(backend, device, form, layout, weight_layout):
     inputs = form.inputs(device=device, layout=layout, weight_layout=weight_layout)
     output, expected = form.kernel(*inputs), form.reference(*inputs)
@@ -237,6 +247,8 @@ def test_any_shape_layout_and_dtype(backend, device, data):
         return tuple(data.draw(st.integers(least, most)) for _ in range(rank))
 
     window, dilation, padding = sizes(1, 4), sizes(1, 3), sizes(0, 3)
+    if max(window) == 1:
+        padding = NO_PADDING[rank]
     reach = [d * (taps - 1) + 1 - 2 * pad for d, taps, pad in zip(dilation, window, padding, strict=True)]
     form = Convolution(
         "drawn",

@@ -31,7 +31,7 @@ LEARNS = {
     "self-attention-classifier": (1000, 4, 0.33),
     "autoencoder": (1000, 8, 0.75),
     "autoencoder-conv": (400, 8, 0.55),
-    "mlp": (1000, 60, 0.3),
+    "mlp": (1000, 30, 0.3),
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Products of float32 are float32, where torch's default on CUDA is TF32: the errors of that hide any other."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def cases() -> list[Case]:
@@ -78,11 +90,13 @@ def make_case(
 
     def call(inputs: Inputs) -> Outputs:
         convolve = conv1d if rank == 1 else conv2d
-        return {"output": convolve(**inputs, **geometry, activation=activation, max_pool=max_pool)}
+        with _full_float32():
+            return {"output": convolve(**inputs, **geometry, activation=activation, max_pool=max_pool)}
 
     def reference(inputs: Inputs) -> Outputs:
         convolve, pool = (F.conv1d, F.max_pool1d) if rank == 1 else (F.conv2d, F.max_pool2d)
-        output = _ACTIVATIONS[activation](convolve(**inputs, **geometry))
+        with _full_float32():
+            output = _ACTIVATIONS[activation](convolve(**inputs, **geometry))
         if max_pool is not None:
             output = pool(output, *(max_pool if isinstance(max_pool, tuple) else (max_pool,)))
         return {"output": output}

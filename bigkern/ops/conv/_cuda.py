@@ -32,12 +32,7 @@ def unsupported(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             return f"{name} is {tensor.dtype} and input {input.dtype}; the CUDA kernels take tensors of one dtype"
-    if max_pool and max_pool[0] * max_pool[1] > _schema.MAX_POOL_WINDOW:
-        return (
-            f"max_pool has windows of {max_pool[0]} x {max_pool[1]} places; the CUDA kernels keep the place in a "
-            f"byte, for at most {_schema.MAX_POOL_WINDOW}"
-        )
-    return None
+    return _schema.unsupported_window(max_pool)
 
 
 def forward(
