@@ -70,7 +70,7 @@ int64_t resident_groups(Kernel kernel, const RnnShape& shape, int units, size_t 
 // The grid or the step variant. `iterations` is how many steps the kernel counts.
 template <class T, class Params, class Resident, class Streamed>
 int run_grid(Resident resident, size_t resident_bytes, Streamed streamed, size_t streamed_bytes, const Params& params,
-             int size, int64_t iterations, bool forward, Stream stream, const Allocate& allocate) {
+             int size, int iterations, bool forward, Stream stream, const Allocate& allocate) {
   const RnnShape& shape = params.shape;
   const int64_t groups = groups_of(shape);
   int64_t wave = 0;
@@ -90,9 +90,9 @@ int run_grid(Resident resident, size_t resident_bytes, Streamed streamed, size_t
     config.grid = dim3(ceil_div(shape.hidden, kRnnUnits<T>), shape.directions,
                        static_cast<unsigned>(std::min(most, groups - group)));
     if (wave > 0) {
-      code = launch(resident, config, params, exchange, group, int64_t{0}, iterations);
+      code = launch(resident, config, params, exchange, group, 0, iterations);
     } else {
-      for (int64_t i = 0; i < iterations && code == 0; i++) {
+      for (int i = 0; i < iterations && code == 0; i++) {
         code = launch(streamed, config, params, exchange, group, i, i + 1);
       }
     }
@@ -118,7 +118,7 @@ int forward_cell(const RnnForwardParams& params, Stream stream, const Allocate& 
   using Streamed = RnnForwardProduct<Cell, T, false>;
   return run_grid<T>(rnn_forward_kernel<Cell, T, true>, Resident::shared_bytes(shape.hidden),
                      rnn_forward_kernel<Cell, T, false>, Streamed::shared_bytes(shape.hidden), params, shape.hidden,
-                     shape.steps, true, stream, allocate);
+                     static_cast<int>(shape.steps), true, stream, allocate);
 }
 
 template <class Cell, class T>

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
   const RnnShape& shape = p.shape;
   const int hidden = shape.hidden, direction = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int blocks = ceil_div(hidden, kRnnBlockK);
-  const int64_t sequence0 = int64_t{blockIdx.x} * kSequences, steps = group_steps(shape, sequence0);
+  const int64_t sequence0 = int64_t{blockIdx.x} * kSequences;
+  const int steps = group_steps(shape, sequence0);
 
   SharedMemory shared;
   T* buffers = shared.take<T>(2 * kBuffer);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
   const Cell cell(shape.cell);
   float h[2], c[2], mask[2], x[2][kGates];
   int64_t part[2] = {};
-  const auto load_gates = [&](int64_t step) {
+  const auto load_gates = [&](int step) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       if (step < pairs[j].length) {
@@ -86,16 +87,16 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
   };
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    h[j] = pairs[j].load_state(shape.h0, 0.0f);
-    c[j] = pairs[j].load_state(shape.c0, 0.0f);
-    mask[j] = pairs[j].load_state(shape.mask, 1.0f);
+    h[j] = pairs[j].load_state(shape, shape.h0, 0.0f);
+    c[j] = pairs[j].load_state(shape, shape.c0, 0.0f);
+    mask[j] = pairs[j].load_state(shape, shape.mask, 1.0f);
     if (pairs[j].live) buffers[(column + j) * kPitch + unit] = from_float<T>(h[j] * mask[j]);
   }
   load_gates(0);
   __syncthreads();
 
 #pragma unroll 1
-  for (int64_t step = 0; step < steps; step++) {
+  for (int step = 0; step < steps; step++) {
     const T* read = buffers + (step & 1) * kBuffer + lane / 4 * kPitch + lane % 4 * 8;
     float sums[kTiles][4] = {};
 #pragma unroll
@@ -134,8 +135,8 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
   }
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    pairs[j].store_state(p.hn, h[j]);
-    if constexpr (kGates == 4) pairs[j].store_state(p.cn, c[j]);
+    pairs[j].store_state(shape, p.hn, h[j]);
+    if constexpr (kGates == 4) pairs[j].store_state(shape, p.cn, c[j]);
   }
 }
 
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kBlockHidden * 2, 1) rnn_backward_block_kernel
   const RnnShape& shape = p.shape;
   const int hidden = shape.hidden, size = kGates * hidden, direction = blockIdx.y, warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32, blocks = ceil_div(size, kRnnBlockK);
-  const int64_t sequence0 = int64_t{blockIdx.x} * kSequences, steps = group_steps(shape, sequence0);
+  const int64_t sequence0 = int64_t{blockIdx.x} * kSequences;
+  const int steps = group_steps(shape, sequence0);
 
   SharedMemory shared;
   T* buffers = shared.take<T>(2 * kBuffer);
@@ -171,17 +173,23 @@ __global__ void __launch_bounds__(kBlockHidden * 2, 1) rnn_backward_block_kernel
   // The accumulators of lane (g, t) are columns 2t and 2t + 1 of units g and g + 8.
   const int unit0 = warp * 16 + lane / 4, column = lane % 4 * 2;
   const Cell cell(shape.cell);
-  float dh[4], dc[4];
+  const auto pair_of = [&](int j) {
+    return RnnPair<T>(shape, direction, unit0 + j / 2 * 8, sequence0 + column + j % 2);
+  };
+  const RnnPair<T> pairs[4] = {pair_of(0), pair_of(1), pair_of(2), pair_of(3)};
+  RnnBackwardInputs<Cell, T> inputs[4];  // loaded one step ahead
+  float dh[4], dc[4], mask[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const RnnPair<T> pair(shape, direction, unit0 + j / 2 * 8, sequence0 + column + j % 2);
-    dh[j] = pair.load_state(p.grad_hn, 0.0f);
-    dc[j] = pair.load_state(p.grad_cn, 0.0f);
+    dh[j] = pairs[j].load_state(shape, p.grad_hn, 0.0f);
+    dc[j] = pairs[j].load_state(shape, p.grad_cn, 0.0f);
+    mask[j] = pairs[j].load_state(shape, shape.mask, 1.0f);
+    if (steps - 1 < pairs[j].length) inputs[j].load(p, pairs[j], steps - 1);
   }
 
 #pragma unroll 1
-  for (int64_t iteration = 0; iteration <= steps; iteration++) {
-    const int64_t step = steps - 1 - iteration;
+  for (int iteration = 0; iteration <= steps; iteration++) {
+    const int step = steps - 1 - iteration;
     if (iteration > 0) {
       const T* read = buffers + (iteration & 1) * kBuffer + lane / 4 * kPitch + lane % 4 * 8;
       float sums[2][4] = {};  // two chains, half as deep
@@ -202,35 +210,32 @@ __global__ void __launch_bounds__(kBlockHidden * 2, 1) rnn_backward_block_kernel
       }
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const RnnPair<T> pair(shape, direction, unit0 + j / 2 * 8, sequence0 + column + j % 2);
-        if (step + 1 < pair.length) dh[j] += pair.load_state(shape.mask, 1.0f) * (sums[0][j] + sums[1][j]);
+        if (step + 1 < pairs[j].length) dh[j] += mask[j] * (sums[0][j] + sums[1][j]);
       }
     }
     if (step < 0) break;
     T* write = buffers + ((iteration + 1) & 1) * kBuffer;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const RnnPair<T> pair(shape, direction, unit0 + j / 2 * 8, sequence0 + column + j % 2);
+      const RnnPair<T>& pair = pairs[j];
       if (step < pair.length) {
-        RnnBackwardInputs<Cell, T> inputs;
-        inputs.load(p, pair, step);
         float grad[kGates], inner, bypass;
-        cell.backward(dh[j] + inputs.grad_output, dc[j], inputs.y, inputs.saved, inputs.h_before, inputs.c_before, grad,
-                      inner, bypass);
+        cell.backward(dh[j] + inputs[j].grad_output, dc[j], inputs[j].y, inputs[j].saved, inputs[j].h_before,
+                      inputs[j].c_before, grad, inner, bypass);
         dh[j] = bypass;
         T* next = write + (column + j % 2) * kPitch + pair.unit;
 #pragma unroll
         for (int i = 0; i < kGates; i++) next[i * hidden] = from_float<T>(kGates == 3 && i == 2 ? inner : grad[i]);
         store_backward<Cell, T>(p, pair.part(shape, step), pair.unit, grad, inner);
       }
+      if (step > 0 && step - 1 < pair.length) inputs[j].load(p, pair, step - 1);
     }
     __syncthreads();
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const RnnPair<T> pair(shape, direction, unit0 + j / 2 * 8, sequence0 + column + j % 2);
-    pair.store_state(p.grad_h0, dh[j]);
-    if constexpr (kGates == 4) pair.store_state(p.grad_c0, dc[j]);
+    pairs[j].store_state(shape, p.grad_h0, dh[j]);
+    if constexpr (kGates == 4) pairs[j].store_state(shape, p.grad_c0, dc[j]);
   }
 }
 

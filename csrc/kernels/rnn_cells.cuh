@@ -101,40 +101,44 @@ struct GruCell {
 // The sequences of a tensor-core tile: its eight columns.
 constexpr int kSequences = 8;
 
-// One thread's (unit, sequence) pair in one direction, and where it stands in the tensors.
+// One thread's (unit, sequence) pair in one direction, and where it stands in the tensors. Steps and sequences fit an
+// int each; their product need not.
 template <class T>
 class RnnPair {
  public:
   __device__ __forceinline__ RnnPair(const RnnShape& shape, int direction, int unit, int64_t sequence)
-      : unit(unit), sequence(sequence), reverse(direction == 1) {
+      : unit(unit), sequence(static_cast<int>(sequence)), reverse(direction == 1) {
     live = unit < shape.hidden && sequence < shape.batch;
-    length = !live ? 0 : shape.lengths != nullptr ? shape.lengths[sequence] : shape.steps;
-    state = (direction * shape.batch + sequence) * shape.hidden + unit;
+    length = !live ? 0 : static_cast<int>(shape.lengths != nullptr ? shape.lengths[sequence] : shape.steps);
   }
 
-  __device__ __forceinline__ float load_state(const void* tensor, float otherwise) const {
-    return live && tensor != nullptr ? to_float(static_cast<const T*>(tensor)[state]) : otherwise;
+  // Index in h0 and what is shaped like it.
+  __device__ __forceinline__ int64_t state(const RnnShape& shape) const {
+    return (reverse * shape.batch + sequence) * shape.hidden + unit;
   }
 
-  __device__ __forceinline__ void store_state(void* tensor, float value) const {
-    if (live && tensor != nullptr) static_cast<T*>(tensor)[state] = from_float<T>(value);
+  __device__ __forceinline__ float load_state(const RnnShape& shape, const void* tensor, float otherwise) const {
+    return live && tensor != nullptr ? to_float(static_cast<const T*>(tensor)[state(shape)]) : otherwise;
+  }
+
+  __device__ __forceinline__ void store_state(const RnnShape& shape, void* tensor, float value) const {
+    if (live && tensor != nullptr) static_cast<T*>(tensor)[state(shape)] = from_float<T>(value);
   }
 
   // Index of the direction's part in the row that this sequence's step number `step` reads; step < length.
-  __device__ __forceinline__ int64_t part(const RnnShape& shape, int64_t step) const {
-    const int64_t t = reverse ? length - 1 - step : step;
+  __device__ __forceinline__ int64_t part(const RnnShape& shape, int step) const {
+    const int t = reverse ? length - 1 - step : step;
     const int64_t row = (shape.offsets != nullptr ? shape.offsets[t] : t * shape.batch) + sequence;
     return row * shape.directions + reverse;
   }
 
-  int unit;
-  int64_t sequence, length, state;
+  int unit, sequence, length;
   bool reverse, live;
 };
 
 // The most steps that a sequence of the eight from `first` on has: the first's, as they are sorted.
-__device__ __forceinline__ int64_t group_steps(const RnnShape& shape, int64_t first) {
-  return shape.lengths != nullptr ? shape.lengths[first] : shape.steps;
+__device__ __forceinline__ int group_steps(const RnnShape& shape, int64_t first) {
+  return static_cast<int>(shape.lengths != nullptr ? shape.lengths[first] : shape.steps);
 }
 
 // What one pair's backward step reads.
@@ -143,7 +147,7 @@ struct RnnBackwardInputs {
   float saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
   float grad_output, y, h_before, c_before;
 
-  __device__ __forceinline__ void load(const RnnBackwardParams& p, const RnnPair<T>& pair, int64_t step) {
+  __device__ __forceinline__ void load(const RnnBackwardParams& p, const RnnPair<T>& pair, int step) {
     const int64_t part = pair.part(p.shape, step), unit = pair.unit, hidden = p.shape.hidden;
     const T* all = static_cast<const T*>(p.saved);
     grad_output =
@@ -158,11 +162,11 @@ struct RnnBackwardInputs {
     const int64_t earlier = step > 0 ? pair.part(p.shape, step - 1) : 0;
     if constexpr (Cell::kGates == 3) {
       h_before = step > 0 ? to_float(static_cast<const T*>(p.output)[earlier * hidden + unit])
-                          : pair.load_state(p.shape.h0, 0.0f);
+                          : pair.load_state(p.shape, p.shape.h0, 0.0f);
     }
     if constexpr (Cell::kGates == 4) {
-      c_before =
-          step > 0 ? to_float(all[(earlier * Cell::kSaved + 4) * hidden + unit]) : pair.load_state(p.shape.c0, 0.0f);
+      c_before = step > 0 ? to_float(all[(earlier * Cell::kSaved + 4) * hidden + unit])
+                          : pair.load_state(p.shape, p.shape.c0, 0.0f);
     }
   }
 };

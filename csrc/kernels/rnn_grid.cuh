@@ -87,14 +87,14 @@ __device__ __forceinline__ float sum_parts(const float* partial, int half_tile, 
 
 template <class Cell, class T, bool kResident>
 __global__ void __launch_bounds__(kRnnThreads, 1)
-    rnn_forward_kernel(const RnnForwardParams p, const RnnExchange<T> exchange, int64_t first_group, int64_t first_step,
-                       int64_t end_step) {
+    rnn_forward_kernel(const RnnForwardParams p, const RnnExchange<T> exchange, int64_t first_group, int first_step,
+                       int end_step) {
   using Product = RnnForwardProduct<Cell, T, kResident>;
   constexpr int kGates = Cell::kGates, kUnits = kRnnUnits<T>, kHalfTiles = kUnits / 8 * kGates;
   const RnnShape& shape = p.shape;
   const int hidden = shape.hidden, direction = blockIdx.y;
   const int64_t group = first_group + blockIdx.z, sequence0 = group * kSequences;
-  const int64_t steps = min(group_steps(shape, sequence0), end_step);
+  const int steps = min(group_steps(shape, sequence0), end_step);
   if (first_step >= steps) return;
 
   SharedMemory shared;
@@ -111,18 +111,18 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
   const int slice_unit = threadIdx.x % kUnits, column = threadIdx.x / kUnits;
   const bool owns = column < kSequences;
   const RnnPair<T> pair(shape, direction, weights.unit0 + slice_unit, owns ? sequence0 + column : shape.batch);
-  const int64_t carried = pair.state, all = static_cast<int64_t>(shape.directions) * shape.batch * hidden;
+  const int64_t carried = pair.state(shape), all = static_cast<int64_t>(shape.directions) * shape.batch * hidden;
   const bool fresh = first_step == 0;
-  float h = fresh || !pair.live ? pair.load_state(shape.h0, 0.0f) : exchange.carried[carried];
-  float c = fresh || !pair.live ? pair.load_state(shape.c0, 0.0f) : exchange.carried[all + carried];
-  const float mask = pair.load_state(shape.mask, 1.0f);
+  float h = fresh || !pair.live ? pair.load_state(shape, shape.h0, 0.0f) : exchange.carried[carried];
+  float c = fresh || !pair.live ? pair.load_state(shape, shape.c0, 0.0f) : exchange.carried[all + carried];
+  const float mask = pair.load_state(shape, shape.mask, 1.0f);
   const float bias_hn = pair.live && p.bias_hn != nullptr
                             ? to_float(static_cast<const T*>(p.bias_hn)[direction * hidden + pair.unit])
                             : 0.0f;
   const Cell cell(shape.cell);
 
 #pragma unroll 1
-  for (int64_t step = first_step; step < steps; step++) {
+  for (int step = first_step; step < steps; step++) {
     const bool active = step < pair.length;
     int64_t part = 0;
     float x[kGates];
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
   }
 
   if (steps == group_steps(shape, sequence0)) {
-    pair.store_state(p.hn, h);
-    if constexpr (kGates == 4) pair.store_state(p.cn, c);
+    pair.store_state(shape, p.hn, h);
+    if constexpr (kGates == 4) pair.store_state(shape, p.cn, c);
   } else if (pair.live) {
     exchange.carried[carried] = h;
     exchange.carried[all + carried] = c;
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
 template <class Cell, class T, bool kResident>
 __global__ void __launch_bounds__(kRnnThreads, 1)
     rnn_backward_kernel(const RnnBackwardParams p, const RnnExchange<T> exchange, int64_t first_group,
-                        int64_t first_iteration, int64_t end_iteration) {
+                        int first_iteration, int end_iteration) {
   using Product = RnnBackwardProduct<T, kResident>;
   constexpr int kGates = Cell::kGates, kUnits = kRnnUnits<T>, kHalfTiles = kUnits / 8;
   const RnnShape& shape = p.shape;
   const int hidden = shape.hidden, size = kGates * hidden, direction = blockIdx.y;
   const int64_t group = first_group + blockIdx.z, sequence0 = group * kSequences;
-  const int64_t steps = group_steps(shape, sequence0), end = min(steps + 1, end_iteration);
+  const int steps = group_steps(shape, sequence0), end = min(steps + 1, end_iteration);
   if (first_iteration >= end) return;
 
   SharedMemory shared;
@@ -193,16 +193,16 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
   const int slice_unit = threadIdx.x % kUnits, column = threadIdx.x / kUnits;
   const bool owns = column < kSequences;
   const RnnPair<T> pair(shape, direction, weights.unit0 + slice_unit, owns ? sequence0 + column : shape.batch);
-  const int64_t carried = pair.state, all = static_cast<int64_t>(shape.directions) * shape.batch * hidden;
+  const int64_t carried = pair.state(shape), all = static_cast<int64_t>(shape.directions) * shape.batch * hidden;
   const bool fresh = first_iteration == 0;
-  float dh = fresh || !pair.live ? pair.load_state(p.grad_hn, 0.0f) : exchange.carried[carried];
-  float dc = fresh || !pair.live ? pair.load_state(p.grad_cn, 0.0f) : exchange.carried[all + carried];
-  const float mask = pair.load_state(shape.mask, 1.0f);
+  float dh = fresh || !pair.live ? pair.load_state(shape, p.grad_hn, 0.0f) : exchange.carried[carried];
+  float dc = fresh || !pair.live ? pair.load_state(shape, p.grad_cn, 0.0f) : exchange.carried[all + carried];
+  const float mask = pair.load_state(shape, shape.mask, 1.0f);
   const Cell cell(shape.cell);
 
 #pragma unroll 1
-  for (int64_t iteration = first_iteration; iteration < end; iteration++) {
-    const int64_t step = steps - 1 - iteration;
+  for (int iteration = first_iteration; iteration < end; iteration++) {
+    const int step = steps - 1 - iteration;
     const bool active = step >= 0 && step < pair.length;
     RnnBackwardInputs<Cell, T> inputs;
     if (active) inputs.load(p, pair, step);
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
   }
 
   if (end == steps + 1) {
-    pair.store_state(p.grad_h0, dh);
-    if constexpr (kGates == 4) pair.store_state(p.grad_c0, dc);
+    pair.store_state(shape, p.grad_h0, dh);
+    if constexpr (kGates == 4) pair.store_state(shape, p.grad_c0, dc);
   } else if (pair.live) {
     exchange.carried[carried] = dh;
     exchange.carried[all + carried] = dc;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(256)
     float value = 0.0f;
     if (forward && i < buffer) {
       const RnnPair<T> pair(shape, direction, unit, sequence);
-      value = pair.load_state(shape.h0, 0.0f) * pair.load_state(shape.mask, 1.0f);
+      value = pair.load_state(shape, shape.h0, 0.0f) * pair.load_state(shape, shape.mask, 1.0f);
     }
     exchange.states[i] = from_float<T>(value);
   }

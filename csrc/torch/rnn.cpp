@@ -2,6 +2,7 @@
 #include "kernels/rnn.h"
 #include "torch/common.h"
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -80,6 +81,9 @@ RnnShape make_shape(const char* op, const Shapes& shapes, int64_t rows, const Te
   }
   if (shape.steps < 1 || (!offsets && rows % shape.batch != 0)) {
     refuse(op, ": ", rows, " rows are not whole steps of ", shape.batch, " sequences");
+  }
+  if (std::max(shape.steps, shape.batch) >= std::numeric_limits<int>::max()) {
+    refuse(op, ": ", shape.steps, " steps of ", shape.batch, " sequences; expected fewer than 2147483647 of each");
   }
   shape.h0 = h0.const_data_ptr();
   shape.c0 = binding::data_or_null(c0);

@@ -307,7 +307,8 @@ def _leading(input: Tensor, batch_first: bool) -> tuple[int, int]:
 
 def _layer(implementation, transformed, cell, x, h0, c0, mask, offsets, lengths, params) -> tuple[Tensor, ...]:
     """(output, hn) or (output, hn, cn) of one layer."""
-    if implementation is _torch or transformed or h0.numel() == 0:
+    # A packed batch is never empty, and its size may be unknown while torch.compile traces.
+    if implementation is _torch or transformed or (offsets is None and h0.numel() == 0):
         return _compose(cell, x, h0, c0, mask, offsets, lengths, params)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *params)):
         return _Layer.apply(implementation, cell, x, h0, c0, mask, offsets, lengths, *params)
