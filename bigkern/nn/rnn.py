@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bigkern import backend
 from bigkern.ops import gru, lstm, rnn
+from bigkern.ops.rnn import run
 
 _States = tuple[Tensor, ...]
 
@@ -31,7 +32,7 @@ class _Recurrent(torch.nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing: parameters stay tensors of their own, and no buffer behind them is copied, shared or pickled."""
 
-    def _run(self, op: Callable[..., _States], input: Tensor | PackedSequence, states: _States | None, **options: Any):
+    def _run(self, input: Tensor | PackedSequence, states: _States | None):
         batch_sizes = sorted_indices = unsorted_indices = None
         batched, batch_dim = True, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
@@ -59,9 +60,10 @@ class _Recurrent(torch.nn.RNNBase):
             for state, width in zip(states, widths, strict=True):
                 self.check_hidden_size(state, (cells, batch, width))
             states = _reordered(states, sorted_indices)
-        output, *last = op(
+        output, *last = run(
+            self.mode,
             data,
-            states if self.mode == "LSTM" else states[0],
+            states,
             [getattr(self, name) for name in self._flat_weights_names],
             self.bias,
             self.num_layers,
@@ -69,9 +71,9 @@ class _Recurrent(torch.nn.RNNBase):
             self.training,
             self.bidirectional,
             self.batch_first and batch_sizes is None,
-            batch_sizes=batch_sizes,
-            recurrent_dropout=self.recurrent_dropout,
-            **options,
+            batch_sizes,
+            self.recurrent_dropout,
+            checked=True,
         )
         if batch_sizes is not None:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -127,7 +129,7 @@ class RNN(_Recurrent):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
-        output, last = self._run(rnn, input, None if hx is None else (hx,), nonlinearity=self.nonlinearity)
+        output, last = self._run(input, None if hx is None else (hx,))
         return output, last[0]
 
 
@@ -143,7 +145,7 @@ class LSTM(_Recurrent):
         super().__init__("LSTM", *args, recurrent_dropout=recurrent_dropout, **kwargs)
 
     def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None):
-        return self._run(lstm, input, None if hx is None else tuple(hx))
+        return self._run(input, None if hx is None else tuple(hx))
 
 
 class GRU(_Recurrent):
@@ -159,7 +161,7 @@ class GRU(_Recurrent):
         super().__init__("GRU", *args, recurrent_dropout=recurrent_dropout, **kwargs)
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
-        output, last = self._run(gru, input, None if hx is None else (hx,))
+        output, last = self._run(input, None if hx is None else (hx,))
         return output, last[0]
 
 

@@ -70,7 +70,7 @@ def rnn(
         raise ValueError(f"rnn: nonlinearity is {nonlinearity!r}; supported are 'tanh' and 'relu'")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
     rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recurrent_dropout)
-    return _run(mode, input, (hx,), params, *rest)
+    return run(mode, input, (hx,), params, *rest)
 
 
 def gru(
@@ -93,7 +93,7 @@ def gru(
     and a = W_hh h; the gates of ``params`` stand in the order r, z, n.
     """
     rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recurrent_dropout)
-    return _run("GRU", input, (hx,), params, *rest)
+    return run("GRU", input, (hx,), params, *rest)
 
 
 def lstm(
@@ -120,7 +120,7 @@ def lstm(
         ``(output, hn, cn)``.
     """
     rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recurrent_dropout)
-    return _run("LSTM", input, tuple(hx), params, *rest)
+    return run("LSTM", input, tuple(hx), params, *rest)
 
 
 class _Layer(torch.autograd.Function):
@@ -237,7 +237,7 @@ def _previous_states(output, h0, mask, offsets, lengths, direction) -> Tensor:
     return before if mask is None else before * mask[direction].index_select(0, sequence)
 
 
-def _run(
+def run(
     mode: str,
     input: Tensor,
     states: tuple[Tensor, ...],
@@ -250,25 +250,25 @@ def _run(
     batch_first: bool,
     batch_sizes: Tensor | None,
     recurrent_dropout: float,
+    checked: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The whole stack on the backend that :func:`backend.select` names."""
+    """The whole stack on the backend that :func:`backend.select` names; ``checked`` says that a module has looked at
+    the shapes, which torch's operators take unseen.
+    """
     whole = (input, batch_sizes, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     masked = train and recurrent_dropout != 0
     # Forward mode and functorch need operators that torch can differentiate itself, which its fused ones are not all.
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    if isinstance(input, Tensor) and backend.uses_torch(input) and not masked and not transformed:
-        try:
-            return _torch.compose(mode, *whole)
-        except (RuntimeError, TypeError):
-            _check(mode, *whole, recurrent_dropout)  # says what is wrong where it knows
-            raise
+    if checked and backend.uses_torch(input) and not masked and not transformed:
+        return _torch.compose(mode, *whole)
     projected = _check(mode, *whole, recurrent_dropout)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         input = input.to(dtype)
         states, params = [state.to(dtype) for state in states], [param.to(dtype) for param in params]
     implementation = backend.select("rnn", _IMPLEMENTATIONS, input, states, params, mode, projected)
-    if implementation is _torch and not masked and not transformed:
+    empty = batch_sizes is None and states[0].shape[1] == 0
+    if empty or (implementation is _torch and not masked and not transformed):
         return _torch.compose(mode, input, batch_sizes, states, params, *whole[4:])
     if projected:
         raise ValueError(
@@ -296,19 +296,14 @@ def _run(
         if train and dropout > 0 and layer + 1 < num_layers:
             x = torch.dropout(x, dropout, True)
     if batch_sizes is None:
-        x = x.view(-1, batch, x.shape[1]) if batch else x.new_empty((*_leading(input, batch_first), x.shape[1]))
+        x = x.view(-1, batch, x.shape[1])
         x = x.transpose(0, 1) if batch_first else x
     return x, *(torch.cat(parts) if num_layers > 1 else parts[0] for parts in zip(*finals, strict=True))
 
 
-def _leading(input: Tensor, batch_first: bool) -> tuple[int, int]:
-    return (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
-
-
 def _layer(implementation, transformed, cell, x, h0, c0, mask, offsets, lengths, params) -> tuple[Tensor, ...]:
     """(output, hn) or (output, hn, cn) of one layer."""
-    # A packed batch is never empty, and its size may be unknown while torch.compile traces.
-    if implementation is _torch or transformed or (offsets is None and h0.numel() == 0):
+    if implementation is _torch or transformed:
         return _compose(cell, x, h0, c0, mask, offsets, lengths, params)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *params)):
         return _Layer.apply(implementation, cell, x, h0, c0, mask, offsets, lengths, *params)
@@ -318,9 +313,6 @@ def _layer(implementation, transformed, cell, x, h0, c0, mask, offsets, lengths,
 
 def _compose(cell, x, h0, c0, mask, offsets, lengths, params) -> tuple[Tensor, ...]:
     """A layer in operators that torch can differentiate as often as asked."""
-    if h0.shape[1] == 0:
-        output = x.new_zeros((0, h0.shape[0] * h0.shape[2]))
-        return (output, h0) if c0 is None else (output, h0, c0)
     output, hn, cn, _ = _forward(_torch, cell, x, h0, c0, mask, offsets, lengths, params, False)
     return (output, hn) if c0 is None else (output, hn, cn)
 
