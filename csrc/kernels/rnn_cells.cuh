@@ -32,7 +32,7 @@ struct VanillaCell {
 
   __device__ __forceinline__ void backward(float dh, float&, float y, const float (&)[1], float, float,
                                            float (&grad)[1], float& hidden, float& bypass) const {
-    grad[0] = hidden = relu ? (y <= 0.0f ? 0.0f : dh) : dh * (1.0f - y * y);
+    grad[0] = hidden = relu ? (y <= 0.0f ? 0.0f : dh) : dh * (1.0f - y) * (1.0f + y);
     bypass = 0.0f;
   }
 };
@@ -59,10 +59,10 @@ struct LstmCell {
   __device__ __forceinline__ void backward(float dh, float& dc, float, const float (&saved)[5], float, float c_before,
                                            float (&grad)[4], float& hidden, float& bypass) const {
     const float i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = tanhf(saved[4]);
-    const float d = dc + dh * o * (1.0f - tanh_c * tanh_c);
+    const float d = dc + dh * o * (1.0f - tanh_c) * (1.0f + tanh_c);
     grad[0] = d * g * i * (1.0f - i);
     grad[1] = d * c_before * f * (1.0f - f);
-    grad[2] = d * i * (1.0f - g * g);
+    grad[2] = d * i * (1.0f - g) * (1.0f + g);
     grad[3] = hidden = dh * tanh_c * o * (1.0f - o);
     dc = d * f;
     bypass = 0.0f;
@@ -90,7 +90,7 @@ struct GruCell {
   __device__ __forceinline__ void backward(float dh, float&, float, const float (&saved)[4], float h_before, float,
                                            float (&grad)[3], float& hidden, float& bypass) const {
     const float r = saved[0], z = saved[1], n = saved[2], inner = saved[3];
-    grad[2] = dh * (1.0f - z) * (1.0f - n * n);
+    grad[2] = dh * (1.0f - z) * (1.0f - n) * (1.0f + n);
     grad[1] = dh * (h_before - n) * z * (1.0f - z);
     grad[0] = grad[2] * inner * r * (1.0f - r);
     hidden = grad[2] * r;

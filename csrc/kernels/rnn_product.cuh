@@ -301,7 +301,7 @@ class FloatProduct {
 #pragma unroll
           for (int n = 0; n < kSequences; n++) {
             const float4 h = *reinterpret_cast<const float4*>(stage_ + n * kStagePitch + quad * 4);
-            sums[n] += w.x * h.x + w.y * h.y + w.z * h.z + w.w * h.w;
+            sums[n] = __fmaf_rn(w.x, h.x, __fmaf_rn(w.y, h.y, __fmaf_rn(w.z, h.z, __fmaf_rn(w.w, h.w, sums[n]))));
           }
         }
       }

@@ -16,7 +16,7 @@ def _tanh(x):
     small = x + x * (change / (135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))))
     size = tl.abs(x)
     large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.6, small, tl.where(x < 0, -large, large))
+    return tl.where(size < 1.0, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit
@@ -141,10 +141,10 @@ def cell_backward(
         s3 = tl.load(saved_at + 3 * hidden, inside, 0.0).to(tl.float32)
     if CELL == 2:
         tanh_c = _tanh(tl.load(saved_at + 4 * hidden, inside, 0.0).to(tl.float32))
-        d = tl.load(dc + i, inside, 0.0) + grad * s3 * (1.0 - tanh_c * tanh_c)
+        d = tl.load(dc + i, inside, 0.0) + grad * s3 * (1.0 - tanh_c) * (1.0 + tanh_c)
         g0 = (d * s2 * s0 * (1.0 - s0)).to(kind)
         g1 = (d * earlier * s1 * (1.0 - s1)).to(kind)
-        g2 = (d * s0 * (1.0 - s2 * s2)).to(kind)
+        g2 = (d * s0 * (1.0 - s2) * (1.0 + s2)).to(kind)
         g3 = (grad * tanh_c * s3 * (1.0 - s3)).to(kind)
         tl.store(dc + i, d * s1, inside)
         tl.store(gates_at, g0, inside)
@@ -156,7 +156,7 @@ def cell_backward(
         tl.store(operand_at + 2 * hidden, g2, inside)
         tl.store(operand_at + 3 * hidden, g3, inside)
     elif CELL == 3:
-        dn = grad * (1.0 - s1) * (1.0 - s2 * s2)
+        dn = grad * (1.0 - s1) * (1.0 - s2) * (1.0 + s2)
         g0 = (dn * s3 * s0 * (1.0 - s0)).to(kind)
         g1 = (grad * (earlier - s2) * s1 * (1.0 - s1)).to(kind)
         inner = (dn * s0).to(kind)
@@ -170,7 +170,7 @@ def cell_backward(
         tl.store(operand_at + 2 * hidden, inner, inside)
     else:
         y = tl.load(output + row * row_output + unit, inside, 0.0).to(tl.float32)
-        g0 = tl.where(y <= 0.0, 0.0, grad) if CELL == 1 else grad * (1.0 - y * y)
+        g0 = tl.where(y <= 0.0, 0.0, grad) if CELL == 1 else grad * (1.0 - y) * (1.0 + y)
         g0 = g0.to(kind)
         tl.store(gates_at, g0, inside)
         tl.store(operand_at, g0, inside)
