@@ -77,19 +77,20 @@ def forward(
         h = h0[direction].to(compute)
         c = None if c0 is None else c0[direction].to(compute)
         done: dict[int, tuple[Tensor, Tensor]] = {}
+        keep = save and CELLS[cell] in ("LSTM", "GRU")
         for t in _order(len(sizes), direction):
             live = sizes[t]
-            read = h[:live] if mask is None else h[:live] * mask[direction, :live].to(compute)
+            whole = live == batch  # slices of everything would cost as much as the arithmetic
+            old_h, old_c = (h, c) if whole else (h[:live], None if c is None else c[:live])
+            read = old_h if mask is None else old_h * mask[direction, :live].to(compute)
             a = (read @ weight).unflatten(1, (GATES[cell], hidden))
-            new_h, new_c, values = _cell(
-                cell, steps[t][:, direction], a, bias, h[:live], None if c is None else c[:live]
-            )
+            new_h, new_c, values = _cell(cell, steps[t][:, direction], a, bias, old_h, old_c, keep)
             done[t] = new_h, values
-            h = torch.cat((new_h, h[live:])) if live < batch else new_h
+            h = new_h if whole else torch.cat((new_h, h[live:]))
             if c is not None:
-                c = torch.cat((new_c, c[live:])) if live < batch else new_c
+                c = new_c if whole else torch.cat((new_c, c[live:]))
         outputs.append(_by_rows([done[t][0] for t in range(len(sizes))], gates, hidden))
-        if save and CELLS[cell] in ("LSTM", "GRU"):
+        if keep:
             kept.append(_by_rows([done[t][1] for t in range(len(sizes))], gates, hidden))
         last_h.append(h)
         last_c.append(c)
@@ -174,22 +175,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _cell(
-    cell: int, x: Tensor, a: Tensor, bias_hn: Tensor | None, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    cell: int, x: Tensor, a: Tensor, bias_hn: Tensor | None, h: Tensor, c: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(new h, new c, what backward needs) of one step: x and a (batch, G, H), states (batch, H)."""
     if CELLS[cell] == "GRU":
         reset, update = torch.sigmoid(x[:, :2] + a[:, :2]).unbind(1)
         hidden = a[:, 2] if bias_hn is None else a[:, 2] + bias_hn
-        proposal = torch.tanh(x[:, 2] + reset * hidden)
-        new = (1 - update) * proposal + update * h
-        return new, None, torch.cat((reset, update, proposal, hidden), 1)
+        proposal = torch.tanh(torch.addcmul(x[:, 2], reset, hidden))
+        values = torch.cat((reset, update, proposal, hidden), 1) if keep else None
+        return torch.lerp(proposal, h, update), None, values
     total = x + a
     if CELLS[cell] == "LSTM":
         i, f, g, o = torch.sigmoid(total[:, 0]), torch.sigmoid(total[:, 1]), total[:, 2].tanh(), total[:, 3].sigmoid()
-        new_c = f * c + i * g
-        return o * new_c.tanh(), new_c, torch.cat((i, f, g, o, new_c), 1)
+        new_c = torch.addcmul(f * c, i, g)
+        return o * new_c.tanh(), new_c, torch.cat((i, f, g, o, new_c), 1) if keep else None
     new = torch.tanh(total[:, 0]) if CELLS[cell] == "RNN_TANH" else torch.relu(total[:, 0])
-    return new, None, new
+    return new, None, None
 
 
 def _cell_backward(
