@@ -208,14 +208,14 @@ def test_non_contiguous_gradients_of_outputs(backend, device, mode):
     def turned(function):
         return lambda *inputs: [y.mT for y in function(*inputs)]
 
-    numerics.check(turned(form.kernel), turned(form.reference), form.inputs(device=device), names=form.names)
+    numerics.check(turned(form.kernel), turned(form.reference), form.inputs(batch=17, device=device), names=form.names)
 
 
 @pytest.mark.parametrize("mode", ["LSTM", "GRU"])
 @pytest.mark.parametrize("wanted", range(7))
 def test_gradient_of_one_input_only(backend, device, mode, wanted):
     form = Form(mode)
-    inputs = form.inputs(device=device, grad=False)
+    inputs = form.inputs(batch=17, device=device, grad=False)
     inputs[min(wanted, len(inputs) - 1)].requires_grad_()
     check(form, inputs)
 
@@ -228,7 +228,8 @@ def test_gradient_of_one_output_only(backend, device, mode, used):
     def one(function):
         return lambda *inputs: function(*inputs)[min(used, form.states)]
 
-    numerics.check(one(form.kernel), one(form.reference), form.inputs(device=device), names=form.names)
+    # Enough elements for roundings to average: over few, the ratio of two errors is luck.
+    numerics.check(one(form.kernel), one(form.reference), form.inputs(batch=17, device=device), names=form.names)
 
 
 def test_no_graph_without_gradients(backend, device):
