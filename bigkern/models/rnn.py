@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import bigkern.nn
 from bigkern.models.layers import BIGKERN, Layers
 
 
@@ -15,7 +16,7 @@ def gru_with_state_dropout(gru: nn.GRU, inputs: Tensor, mask: Tensor) -> Tensor:
     inputs (N, T, input_size), mask (N, hidden_size) -> (N, T, hidden_size). The mask is the same at each step and the
     state that is carried on is not masked (Gal and Ghahramani, 2016: https://arxiv.org/abs/1512.05287): masking that
     too would scale a state which the update gate keeps by 1 / (1 - p) at every step. With a mask of ones this is
-    ``gru(inputs)[0]``. torch's fused GRU has no place for a mask, hence the steps in Python.
+    ``gru(inputs)[0]``. torch's fused GRU has no place for a mask, hence the steps in Python; bigkern.nn.GRU has.
     """
     from_input = functional.linear(inputs, gru.weight_ih_l0, gru.bias_ih_l0)
     state = inputs.new_zeros(inputs.shape[0], gru.hidden_size)
@@ -57,6 +58,8 @@ class GRUModel(nn.Module):
         self.recurrent_dropout = recurrent_dropout
         self.embedding = layers.Embedding(vocabulary, dim)
         self.gru = layers.GRU(dim, units, batch_first=True)
+        if isinstance(self.gru, bigkern.nn.GRU):
+            self.gru.recurrent_dropout = recurrent_dropout
         self.output = layers.Linear(units, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class GRUModel(nn.Module):
         inputs = self.embedding(tokens)
         if self.training and self.dropout > 0:
             inputs = inputs * _mask(inputs, inputs.shape[2], self.dropout).unsqueeze(1)
-        if self.training and self.recurrent_dropout > 0:
+        if self.training and self.recurrent_dropout > 0 and not isinstance(self.gru, bigkern.nn.GRU):
             states = gru_with_state_dropout(
                 self.gru, inputs, _mask(inputs, self.gru.hidden_size, self.recurrent_dropout)
             )

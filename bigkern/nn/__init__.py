@@ -2,5 +2,20 @@
 
 from bigkern.nn.conv import Conv1d, Conv2d, ConvBlock2d, fold_batch_norm
 from bigkern.nn.layer_norm import AddLayerNorm, LayerNorm, RMSNorm
+from bigkern.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["AddLayerNorm", "Conv1d", "Conv2d", "ConvBlock2d", "LayerNorm", "RMSNorm", "fold_batch_norm"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "AddLayerNorm",
+    "Conv1d",
+    "Conv2d",
+    "ConvBlock2d",
+    "GRUCell",
+    "LSTMCell",
+    "LayerNorm",
+    "RMSNorm",
+    "RNNCell",
+    "fold_batch_norm",
+]

@@ -2,5 +2,6 @@
 
 from bigkern.ops.conv import conv1d, conv2d
 from bigkern.ops.layer_norm import add_layer_norm, layer_norm, rms_norm
+from bigkern.ops.rnn import gru, lstm, rnn
 
-__all__ = ["add_layer_norm", "conv1d", "conv2d", "layer_norm", "rms_norm"]
+__all__ = ["add_layer_norm", "conv1d", "conv2d", "gru", "layer_norm", "lstm", "rms_norm", "rnn"]

@@ -30,6 +30,8 @@ CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
+RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
+RNN_CELLS, RNN_PRODUCT = "csrc/kernels/rnn_cells.cuh", "csrc/kernels/rnn_product.cuh"
 
 BUGS = [
     Bug(
@@ -310,5 +312,77 @@ BUGS = [
         "job.aligned = addresses % 16 == 0;",
         "job.aligned = true;",
         "plain",
+    ),
+    Bug(
+        "flag awaited one step too early",
+        "rnn",
+        RNN_GRID,
+        "hidden, hidden, static_cast<unsigned>(step));",
+        "hidden, hidden, static_cast<unsigned>(max(step - 1, 0)));",
+        "plain",
+    ),
+    Bug(
+        "flag of the gradients awaited one step too early",
+        "rnn",
+        RNN_GRID,
+        "size, hidden, static_cast<unsigned>(iteration));",
+        "size, hidden, static_cast<unsigned>(iteration - 1));",
+        "plain",
+    ),
+    Bug(
+        "a single exchange buffer",
+        "rnn",
+        RNN_GRID,
+        "    const bool active = step < pair.length;\n    int64_t part = 0;",
+        "    const int64_t buffer = 0;\n    const bool active = step < pair.length;\n    int64_t part = 0;",
+        "race",
+    ),
+    Bug(
+        "published before all of the slice is written",
+        "rnn",
+        RNN_GRID,
+        "    __syncthreads();  // the slice is written, and the partial sums are read\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "states of a block overwritten while they are read",
+        "rnn",
+        RNN_BLOCK,
+        "    load_gates(step + 1);\n    __syncthreads();\n",
+        "    load_gates(step + 1);\n",
+        "race",
+    ),
+    Bug(
+        "stale state multiplied",
+        "rnn",
+        RNN_GRID,
+        "product.multiply(states + (step & 1) * buffer,",
+        "product.multiply(states + (max(step - 1, 0) & 1) * buffer,",
+        "plain",
+    ),
+    Bug(
+        "input and forget gates swapped",
+        "rnn",
+        RNN_CELLS,
+        "const float i = sigmoid<T>(x[0] + a[0]), f = sigmoid<T>(x[1] + a[1]);",
+        "const float i = sigmoid<T>(x[1] + a[1]), f = sigmoid<T>(x[0] + a[0]);",
+        "plain",
+    ),
+    Bug(
+        "reverse direction counted from the longest sequence's end",
+        "rnn",
+        RNN_CELLS,
+        "const int t = reverse ? length - 1 - step : step;",
+        "const int t = reverse ? static_cast<int>(shape.steps) - 1 - step : step;",
+        "plain",
+    ),
+    Bug(
+        "weights' tail loaded one element too far",
+        "rnn",
+        RNN_PRODUCT,
+        "unit < hidden && k + i < size ? start[i]",
+        "unit < hidden && k + i <= size ? start[i]",
+        "asan",
     ),
 ]

@@ -246,14 +246,58 @@ def adam_steps(library: ctypes.CDLL, arrays: list, ends: np.ndarray, begin: int 
     return None
 
 
+def rnn(library: ctypes.CDLL) -> str | None:
+    """A packed bidirectional LSTM in each variant, several blocks and a padded group; the reference is torch's."""
+    import torch
+
+    from bigkern.ops.rnn import _torch
+    from bigkern.ops.rnn._schema import VARIANTS
+
+    lengths, hidden, directions = [4, 4, 2], 37, 2
+    sizes = [sum(length > t for length in lengths) for t in range(lengths[0])]
+    rows, batch = sum(lengths), len(lengths)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    offsets = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+    gates, weight = normal(rows, directions * 4 * hidden), normal(directions, 4 * hidden, hidden) / 4
+    states = [normal(directions, batch, hidden) for _ in range(2)]
+    grad = normal(rows, directions * hidden)
+    packed = offsets, torch.tensor(lengths)
+    exact = _torch.forward(
+        gates.double(), weight.double(), None, *map(torch.Tensor.double, states), None, *packed, 2, True
+    )
+    for variant in ("block", "grid", "step"):
+        found = [torch.full_like(tensor, torch.nan, dtype=torch.bfloat16) for tensor in exact]
+        grads = [torch.full_like(tensor, torch.nan) for tensor in (gates, *states)]
+        tensors = [gates, weight, weight.mT.contiguous(), *states, *packed, grad, *found, *grads]
+        integers = [ctypes.c_int64(lengths[0]), ctypes.c_int64(batch)]
+        integers += [ctypes.c_int(value) for value in (hidden, directions, VARIANTS.index(variant))]
+        failure = call(library.run_rnn, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *integers)
+        kept = [tensor.double() for tensor in (found[0], found[3], weight, *states)]
+        true_grads = _torch.backward(grad.double(), None, None, *kept, None, *packed, 2)
+        names = ("output", "hn", "cn", "saved", "grad_gates", "grad_h0", "grad_c0")
+        truths = (*exact, true_grads[0], *true_grads[2:])
+        for name, got, wanted in zip(names, (*found, *grads), truths, strict=True):
+            failure = failure or compare(name, got.float().numpy(), wanted.numpy(), 0.03)
+        if failure:
+            return f"{variant}: {failure}"
+    return None
+
+
 # A GPU of one block, so that persistent kernels go round their loops; or several at once, where blocks meet.
 ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
-GPUS = {"adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3)}
+GPUS = {
+    "adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3),
+    "rnn": dict(workers=1, multiprocessors=8, blocks_per_multiprocessor=1),
+}
 
 
 def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
     library = emulated.open_library(Path(path), build)
-    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm, "adam": adam, "conv": conv}[kernel]
+    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm, "adam": adam, "conv": conv, "rnn": rnn}[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")
         library.control.set_options(order=order, seed=int(seed), **GPUS.get(kernel, ONE_BLOCK))
