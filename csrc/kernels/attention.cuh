@@ -697,6 +697,336 @@ __global__ void __launch_bounds__(kForwardThreads)
   }
 }
 
+// ---- Backward ----
+
+template <class T, int kDim, bool kPlain>
+struct BackwardTile {
+  static constexpr bool kWide = sizeof(T) == 4;
+  // Warps along the keys (16 each) and along the columns of their gradients; queries a step.
+  static constexpr int kKeyWarps = kWide && kDim == 256 ? 2 : 4;
+  static constexpr int kParts = kDim == 256 ? 2 : 1;
+  static constexpr int kQueries = kDim == 256 || (kWide && kDim == 128) ? 16 : kPlain && !kWide ? 64 : 32;
+  static constexpr int kWarps = kKeyWarps * kParts;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kKeys = 16 * kKeyWarps;
+  static constexpr int kBytes = (2 * kKeys * kDim + 2 * kQueries * kDim + kKeys * kQueries) * sizeof(T) + kQueries * 8;
+  // grad_query: a warp makes 16 rows, in kQueryParts column groups of kQueryCols.
+  static constexpr int kQueryTiles = kQueries / 16;
+  static constexpr int kQueryParts = kWarps / kQueryTiles;
+  static constexpr int kQueryCols = kDim / kQueryParts;
+};
+
+// A row's numbers that the backward pass needs: lse in powers of two (plus infinity of a row without keys, so that its
+// weights are 0), and delta.
+using RowStatistics = float2;
+
+// `copies` blocks share a head's keys, each turn about; their sums of grad_query lie behind each other in `sums`: copy,
+// sequence and head, tile of queries, element of the accumulators, thread.
+struct BackwardPlan {
+  int key_tiles, query_tiles, copies;
+  bool vector_q, vector_k, vector_v, vector_g, vector_dk, vector_dv;
+  RowStatistics* statistics;
+  float* sums;
+};
+
+template <class T>
+__device__ __forceinline__ float dot_rows(const T* a, const T* b, int cols, int lane) {
+  float sum = 0.0f;
+  for (int col = lane; col < cols; col += 32) sum += to_float(a[col]) * to_float(b[col]);
+  return warp_sum(sum);
+}
+
+// Each row's statistics, a warp a row.
+template <class T>
+__global__ void __launch_bounds__(128)
+    attention_backward_rows_kernel(const AttentionBackwardParams p, const BackwardPlan plan, int64_t rows) {
+  const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t length = packed ? p.total_q : p.seqlen_q;
+  const int64_t query = row % length, head = row / length % p.heads, b = row / length / p.heads;
+  const auto at = [&](const AttentionTensor& x) {
+    return static_cast<const T*>(x.data) + b * x.batch_stride + head * x.head_stride + query * x.row_stride;
+  };
+  float delta = dot_rows(at(p.grad_output), at(p.output), p.value_dim, lane);
+  if (p.grad_lse != nullptr) delta -= p.grad_lse[row];
+  const float lse = p.lse[row];
+  if (lane == 0) plan.statistics[row] = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, delta);
+}
+
+template <class T, int kDim, bool kPlain>
+__global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
+    attention_backward_kernel(const AttentionBackwardParams p, const BackwardPlan plan) {
+  using Tile = BackwardTile<T, kDim, kPlain>;
+  constexpr int kKeys = Tile::kKeys, kQueries = Tile::kQueries, kThreads = Tile::kThreads;
+  constexpr int kScoreTiles = kQueries / 8, kCols = kDim / Tile::kParts, kColTiles = kCols / 8;
+  SharedMemory shared;
+  T* k_tile = shared.take<T>(kKeys * kDim, 128);
+  T* v_tile = shared.take<T>(kKeys * kDim, 128);
+  T* q_tile = shared.take<T>(kQueries * kDim, 128);
+  T* g_tile = shared.take<T>(kQueries * kDim, 128);
+  T* ds_tile = shared.take<T>(kKeys * kQueries, 128);
+  RowStatistics* row_statistics = shared.take<RowStatistics>(kQueries);
+
+  const int group = p.heads / p.kv_heads;
+  const int copy = blockIdx.x % plan.copies;
+  const int kv_head = blockIdx.x / plan.copies % p.kv_heads, b = blockIdx.x / plan.copies / p.kv_heads;
+  const Sequence sequence(p, b);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_key = warp % Tile::kKeyWarps * 16, warp_col = warp / Tile::kKeyWarps * kCols;
+  const float factor = kPlain ? p.scale * kLog2e : kLog2e;
+
+#pragma unroll 1
+  for (int key_tile = copy; key_tile < plan.key_tiles; key_tile += plan.copies) {
+    const int key0 = key_tile * kKeys, keys = min(kKeys, sequence.keys - key0);
+    if (keys <= 0) break;
+    const bool active = warp_key < keys;
+    // The queries that may see any of these keys.
+    const int first_query = p.window_right < 0 ? 0 : max(0, key0 - sequence.shift - p.window_right);
+    const int end_query =
+        p.window_left < 0 ? sequence.queries : min(sequence.queries, key0 + keys - sequence.shift + p.window_left);
+    const int first_tile = first_query / kQueries;
+    const int tiles = max(0, ceil_div(end_query, kQueries) - first_tile);
+    const int steps = end_query > first_query ? tiles * group : 0;
+
+    const auto load_step = [&](int step) {
+      const int head = kv_head * group + step / tiles, query0 = (first_tile + step % tiles) * kQueries;
+      const int rows = sequence.queries - query0;
+      const T* q = sequence.row<T>(p, p.query, b, head, sequence.first_q, query0);
+      const T* g = sequence.row<T>(p, p.grad_output, b, head, sequence.first_q, query0);
+      load_tile<T, kDim, kQueries, kThreads>(q_tile, rows, p.head_dim, plan.vector_q,
+                                             [&](int row) { return q + row * p.query.row_stride; });
+      load_tile<T, kDim, kQueries, kThreads>(g_tile, rows, p.value_dim, plan.vector_g,
+                                             [&](int row) { return g + row * p.grad_output.row_stride; });
+      cp_async_commit();
+      const RowStatistics* source = plan.statistics + sequence.statistics(p, b, head) + query0;
+      for (int row = threadIdx.x; row < kQueries; row += kThreads) {
+        row_statistics[row] = row < rows ? source[row] : make_float2(INFINITY, 0.0f);
+      }
+    };
+    const T* k_source = sequence.row<T>(p, p.key, b, kv_head, sequence.first_k, key0);
+    const T* v_source = sequence.row<T>(p, p.value, b, kv_head, sequence.first_k, key0);
+    load_tile<T, kDim, kKeys, kThreads>(k_tile, keys, p.head_dim, plan.vector_k,
+                                        [&](int row) { return k_source + row * p.key.row_stride; });
+    load_tile<T, kDim, kKeys, kThreads>(v_tile, keys, p.value_dim, plan.vector_v,
+                                        [&](int row) { return v_source + row * p.value.row_stride; });
+    cp_async_commit();
+    if (steps > 0) load_step(0);
+
+    float grad_k[kColTiles][4] = {}, grad_v[kColTiles][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      const int head = kv_head * group + step / tiles, query_tile = first_tile + step % tiles;
+      const int query0 = query_tile * kQueries;
+      cp_async_wait<0>();
+      __syncthreads();  // this step's rows are there, and everyone is done with the last one's dS
+      if (active) {
+        float weights[kScoreTiles][4] = {}, grads[kScoreTiles][4] = {};
+#pragma unroll(kDim / kDepth<T> <= 8 ? kDim / kDepth<T> : 4)
+        for (int k = 0; k < kDim; k += kDepth<T>) {
+          uint32_t a[4];
+          load_a<T, kDim>(a, k_tile, warp_key, k);
+#pragma unroll
+          for (int n = 0; n < kScoreTiles; n += 2) {
+            uint32_t rows[4];
+            load_b<T, kDim>(rows, q_tile, 8 * n, k);
+            multiply_add<T>(weights[n], a, rows[0], rows[1], p.tf32);
+            multiply_add<T>(weights[n + 1], a, rows[2], rows[3], p.tf32);
+          }
+        }
+        // dP^T beside the scores: neither waits for the other.
+#pragma unroll(kDim / kDepth<T> <= 8 ? kDim / kDepth<T> : 4)
+        for (int k = 0; k < kDim; k += kDepth<T>) {
+          uint32_t a[4];
+          load_a<T, kDim>(a, v_tile, warp_key, k);
+#pragma unroll
+          for (int n = 0; n < kScoreTiles; n += 2) {
+            uint32_t rows[4];
+            load_b<T, kDim>(rows, g_tile, 8 * n, k);
+            multiply_add<T>(grads[n], a, rows[0], rows[1], p.tf32);
+            multiply_add<T>(grads[n + 1], a, rows[2], rows[3], p.tf32);
+          }
+        }
+
+        uint32_t kept = ~0u;
+        if constexpr (!kPlain) {
+          const int64_t row = (int64_t{b} * p.heads + head) * p.seqlen_q + query0;
+          kept = kept_scores_trans<kScoreTiles>(p, static_cast<uint64_t>(row * p.seqlen_k + key0 + warp_key));
+        }
+        const bool cut = key0 + kKeys > sequence.end_key(p, query0) ||
+                         key0 < sequence.first_key(p, min(query0 + kQueries, sequence.queries) - 1);
+#pragma unroll
+        for (int n = 0; n < kScoreTiles; n++) {
+#pragma unroll
+          for (int column = 0; column < 2; column++) {
+            const int row = 8 * n + lane % 4 * 2 + column, query = query0 + row;
+            const RowStatistics statistics = row_statistics[row];
+            float derivative[2] = {1.0f, 1.0f};
+            if constexpr (!kPlain) {
+              const ScoreRow<T> score_row(p, sequence, b, head, query);
+#pragma unroll
+              for (int half = 0; half < 2; half++) {
+                const int key = key0 + warp_key + lane / 4 + 8 * half;
+                float& x = weights[n][2 * half + column];
+                if (key < sequence.keys) x = score_row.score(p, key, x, derivative[half]);
+              }
+            }
+            if (cut) {
+              const int from = sequence.first_key(p, query), to = sequence.end_key(p, query);
+#pragma unroll
+              for (int half = 0; half < 2; half++) {
+                const int key = key0 + warp_key + lane / 4 + 8 * half;
+                if (key < from || key >= to) weights[n][2 * half + column] = -INFINITY;
+              }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              const int e = 2 * half + column;
+              const float weight = exp2f(__fmaf_rn(weights[n][e], factor, -statistics.x));
+              float grad = grads[n][e];
+              weights[n][e] = weight;
+              if constexpr (!kPlain) {
+                const bool keep = kept >> (4 * n + e) & 1;
+                grad = keep ? grad * p.dropout_scale : 0.0f;
+                weights[n][e] = keep ? weight : 0.0f;
+              }
+              grad = weight * (grad - statistics.y);
+              if constexpr (!kPlain) {
+                const int key = key0 + warp_key + lane / 4 + 8 * half;
+                if (p.mask_gradient_kind != AttentionMaskGradient::kNone && query < sequence.queries &&
+                    key < sequence.keys) {
+                  const int64_t place = b * p.mask_gradient_strides[0] + head * p.mask_gradient_strides[1] +
+                                        query * p.mask_gradient_strides[2] + key * p.mask_gradient_strides[3];
+                  // Both halves of a head of 256 have the same dS.
+                  if (warp_col == 0) {
+                    if (p.mask_gradient_kind == AttentionMaskGradient::kStore) {
+                      static_cast<T*>(p.mask_gradient)[place] = from_float<T>(grad);
+                    } else if (p.mask_gradient_kind == AttentionMaskGradient::kStoreFloat) {
+                      static_cast<float*>(p.mask_gradient)[place] = grad;
+                    } else {
+                      atomicAdd(static_cast<float*>(p.mask_gradient) + place, grad);
+                    }
+                  }
+                }
+                grad *= derivative[half];
+              }
+              grads[n][e] = grad;
+            }
+          }
+        }
+
+#pragma unroll
+        for (int k = 0; k < kQueries / kDepth<T>; k++) {
+          uint32_t p_rows[4], ds_rows[4];
+          accumulator_to_a<T>(p_rows, weights, k);
+          accumulator_to_a<T>(ds_rows, grads, k);
+#pragma unroll
+          for (int d = 0; d < kColTiles; d += 2) {
+            uint32_t rows[4];
+            load_b_trans<T, kDim>(rows, g_tile, k * kDepth<T>, warp_col + 8 * d);
+            multiply_add<T>(grad_v[d], p_rows, rows[0], rows[1], p.tf32);
+            multiply_add<T>(grad_v[d + 1], p_rows, rows[2], rows[3], p.tf32);
+            load_b_trans<T, kDim>(rows, q_tile, k * kDepth<T>, warp_col + 8 * d);
+            multiply_add<T>(grad_k[d], ds_rows, rows[0], rows[1], p.tf32);
+            multiply_add<T>(grad_k[d + 1], ds_rows, rows[2], rows[3], p.tf32);
+          }
+        }
+        if (warp_col == 0) {
+#pragma unroll
+          for (int n = 0; n < kScoreTiles; n++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              Vec<T, 2> pair;
+              pair.v[0] = from_float<T>(grads[n][2 * half]);
+              pair.v[1] = from_float<T>(grads[n][2 * half + 1]);
+              store_vec<T, 2>(
+                  SharedTile<T, kQueries>::at(ds_tile, warp_key + lane / 4 + 8 * half, 8 * n + lane % 4 * 2), pair);
+            }
+          }
+        }
+      }
+      __syncthreads();  // dS is there, and everyone is done with the rows
+      if (step + 1 < steps) load_step(step + 1);
+
+      float grad_q[Tile::kQueryCols / 8][4] = {};
+      const int query_row = warp % Tile::kQueryTiles * 16, query_col = warp / Tile::kQueryTiles * Tile::kQueryCols;
+      // Keys beyond the last wrote no dS.
+      const int depth = round_up(keys, 16);
+#pragma unroll 1
+      for (int k = 0; k < depth; k += kDepth<T>) {
+        uint32_t a[4];
+        load_a_trans<T, kQueries>(a, ds_tile, k, query_row);
+#pragma unroll
+        for (int d = 0; d < Tile::kQueryCols / 8; d += 2) {
+          uint32_t rows[4];
+          load_b_trans<T, kDim>(rows, k_tile, k, query_col + 8 * d);
+          multiply_add<T>(grad_q[d], a, rows[0], rows[1], p.tf32);
+          multiply_add<T>(grad_q[d + 1], a, rows[2], rows[3], p.tf32);
+        }
+      }
+      const int64_t heads = int64_t{p.batch} * p.heads;
+      float* sums =
+          plan.sums +
+          (((p.deterministic ? copy * heads : 0) + int64_t{b} * p.heads + head) * plan.query_tiles + query_tile) *
+              (kQueries * kDim) +
+          threadIdx.x;
+#pragma unroll
+      for (int d = 0; d < Tile::kQueryCols / 8; d++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float* sum = sums + (4 * d + e) * kThreads;
+          if (p.deterministic) {
+            *sum += grad_q[d][e];  // this thread's alone, turn after turn
+          } else {
+            atomicAdd(sum, grad_q[d][e]);
+          }
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // everyone is done with the keys and values, whose place the results take
+    if (active) {
+      const float key_scale = p.scale, value_scale = kPlain ? 1.0f : p.dropout_scale;
+      const auto target = [&](const AttentionTensor& x) {
+        T* first = sequence.row<T>(p, x, b, kv_head, sequence.first_k, key0);
+        return [first, &x](int row) { return first + row * x.row_stride; };
+      };
+      store_rows<T, kDim>(k_tile, warp_key, warp_col, grad_k, key_scale, key_scale, keys, p.head_dim, plan.vector_dk,
+                          target(p.grad_key));
+      store_rows<T, kDim>(v_tile, warp_key, warp_col, grad_v, value_scale, value_scale, keys, p.value_dim,
+                          plan.vector_dv, target(p.grad_value));
+    }
+    __syncthreads();  // before the next keys overwrite them
+  }
+}
+
+// grad_query from its sums, whose copies are added in order: a thread an element.
+template <class T>
+__global__ void __launch_bounds__(256)
+    attention_backward_queries_kernel(const AttentionBackwardParams p, const BackwardPlan plan, int tile_queries,
+                                      int tile_cols, int threads, int dim) {
+  const int head = blockIdx.x / plan.query_tiles % p.heads, tile = blockIdx.x % plan.query_tiles;
+  const int b = blockIdx.x / plan.query_tiles / p.heads;
+  const Sequence sequence(p, b);
+  const int64_t copy_size = int64_t{p.batch} * p.heads * plan.query_tiles * tile_queries * dim;
+  const float* sums = plan.sums + int64_t{blockIdx.x} * tile_queries * dim;
+  const int rows = min(tile_queries, sequence.queries - tile * tile_queries);
+  for (int i = threadIdx.x; i < rows * p.head_dim; i += 256) {
+    const int row = i / p.head_dim, col = i % p.head_dim;
+    // Where the accumulators hold it: the warp, the lane, the element.
+    const int warp = col / tile_cols * (tile_queries / 16) + row / 16;
+    const int lane = row % 8 * 4 + col % 8 / 2;
+    const int element = col % tile_cols / 8 * 4 + row % 16 / 8 * 2 + col % 2;
+    const float* source = sums + element * threads + warp * 32 + lane;
+    float value = 0.0f;
+    for (int copy = 0; copy < plan.copies; copy++) value += source[copy * copy_size];
+    sequence.row<T>(p, p.grad_query, b, head, sequence.first_q, tile * tile_queries + row)[col] =
+        from_float<T>(value * p.scale);
+  }
+}
+
 inline LaunchConfig attention_grid(int64_t blocks, int threads, size_t shared_bytes, Stream stream) {
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(blocks), 1, 1);
@@ -756,6 +1086,45 @@ int launch_forward(const AttentionForwardParams& p, Stream stream, const Attenti
                 rows);
 }
 
+template <class T, int kDim, bool kPlain>
+int launch_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
+  using Tile = BackwardTile<T, kDim, kPlain>;
+  BackwardPlan plan{};
+  plan.key_tiles = ceil_div(p.seqlen_k, Tile::kKeys);
+  plan.query_tiles = ceil_div(p.seqlen_q, Tile::kQueries);
+  const int64_t key_heads = int64_t{p.batch} * p.kv_heads, heads = int64_t{p.batch} * p.heads;
+  // Every tile of keys a block of its own; when deterministic no more than fill the GPU twice, for each needs a copy.
+  plan.copies = plan.key_tiles;
+  if (p.deterministic) {
+    const int64_t wanted = ceil_div<int64_t>(2 * std::max(1, multiprocessor_count()), key_heads);
+    plan.copies = static_cast<int>(std::min<int64_t>(plan.copies, wanted));
+  }
+  plan.vector_q = moves_in_vectors<T>(p.query, p.head_dim);
+  plan.vector_k = moves_in_vectors<T>(p.key, p.head_dim);
+  plan.vector_v = moves_in_vectors<T>(p.value, p.value_dim);
+  plan.vector_g = moves_in_vectors<T>(p.grad_output, p.value_dim);
+  plan.vector_dk = moves_in_vectors<T>(p.grad_key, p.head_dim);
+  plan.vector_dv = moves_in_vectors<T>(p.grad_value, p.value_dim);
+  const int64_t blocks = key_heads * plan.copies, query_blocks = heads * plan.query_tiles;
+  const int64_t rows = p.cu_seqlens_q != nullptr ? int64_t{p.heads} * p.total_q : heads * p.seqlen_q;
+  if (std::max({blocks, query_blocks, ceil_div<int64_t>(rows, 4)}) > kMostBlocks) return kErrorInvalidValue;
+
+  const int64_t copies = p.deterministic ? plan.copies : 1;
+  plan.statistics = static_cast<RowStatistics*>(allocate(rows * sizeof(RowStatistics), false));
+  plan.sums = static_cast<float*>(allocate(copies * query_blocks * Tile::kQueries * kDim * sizeof(float), true));
+  if (int error = launch(attention_backward_rows_kernel<T>, attention_grid(ceil_div<int64_t>(rows, 4), 128, 0, stream),
+                         p, plan, rows)) {
+    return error;
+  }
+  if (int error = launch(attention_backward_kernel<T, kDim, kPlain>,
+                         attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), p, plan)) {
+    return error;
+  }
+  plan.copies = static_cast<int>(copies);
+  return launch(attention_backward_queries_kernel<T>, attention_grid(query_blocks, 256, 0, stream), p, plan,
+                Tile::kQueries, Tile::kQueryCols, Tile::kThreads, kDim);
+}
+
 }  // namespace attention
 
 template <class T>
@@ -771,6 +1140,21 @@ int attention_forward(const AttentionForwardParams& p, Stream stream, const Atte
   if (dim <= 64) return launch_forward<T, 64, false>(p, stream, allocate);
   if (dim <= 128) return launch_forward<T, 128, false>(p, stream, allocate);
   return launch_forward<T, 256, false>(p, stream, allocate);
+}
+
+template <class T>
+int attention_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
+  using namespace attention;
+  const int dim = std::max(p.head_dim, p.value_dim);
+  if constexpr (sizeof(T) == 2) {
+    if (is_plain(p)) {
+      if (dim <= 64) return launch_backward<T, 64, true>(p, stream, allocate);
+      if (dim <= 128) return launch_backward<T, 128, true>(p, stream, allocate);
+    }
+  }
+  if (dim <= 64) return launch_backward<T, 64, false>(p, stream, allocate);
+  if (dim <= 128) return launch_backward<T, 128, false>(p, stream, allocate);
+  return launch_backward<T, 256, false>(p, stream, allocate);
 }
 
 }  // namespace bigkern

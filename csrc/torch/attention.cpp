@@ -250,9 +250,95 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {output, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& output, const Tensor& lse, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
+    int64_t window_right, bool bottom_right, double softcap, double scale, double dropout_p,
+    const std::optional<Tensor>& philox, bool tf32, bool need_grad_mask, bool deterministic) {
+  constexpr const char* kOp = "attention_backward";
+  AttentionBackwardParams params{};
+  set_options(kOp, query, key, value,
+              {attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
+               window_right, bottom_right, softcap, scale, dropout_p, philox, tf32},
+              params);
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), value_dim = value.size(3);
+  check_four(kOp, "grad_output", grad_output, query, batch, heads, rows, value_dim);
+  check_four(kOp, "output", output, query, batch, heads, rows, value_dim);
+  check_contiguous(kOp, "lse", lse, query, ScalarType::Float, {batch, heads, rows});
+  if (grad_lse) check_contiguous(kOp, "grad_lse", *grad_lse, query, ScalarType::Float, {batch, heads, rows});
+  if (need_grad_mask && (!attn_mask || params.mask_kind == AttentionMask::kBool)) {
+    refuse(kOp, ": need_grad_mask was asked for without an additive attn_mask");
+  }
+
+  const bool packed = params.cu_seqlens_q != nullptr;
+  const bool empty = query.numel() == 0 || key.numel() == 0 || value.numel() == 0 || params.batch == 0 ||
+                     params.seqlen_q == 0 || params.seqlen_k == 0;
+  const auto gradient = [&](const Tensor& of) {
+    return rows_first(of, of.size(0), of.size(1), of.size(2), of.size(3), packed || empty);
+  };
+  Tensor grad_query = gradient(query), grad_key = gradient(key), grad_value = gradient(value);
+  // Where the mask is broadcast, several scores share an element: it is summed in fp32, or stored for each of them and
+  // summed in a fixed order. Tiles without a score leave zeros.
+  bool shared = false;
+  std::vector<int64_t> mask_sizes = {0};
+  std::vector<int64_t> sum_sizes;
+  if (need_grad_mask) {
+    mask_sizes = {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
+    sum_sizes = mask_sizes;
+    const int64_t scores[4] = {params.batch, params.heads, params.seqlen_q, params.seqlen_k};
+    for (int64_t i = 0; i < 4; i++) {
+      if (mask_sizes[i] == scores[i]) continue;
+      shared = true;
+      if (deterministic) sum_sizes[i] = scores[i];
+    }
+  }
+  Tensor grad_mask = new_empty(need_grad_mask ? *attn_mask : query, {0});
+  Tensor sums = grad_mask;
+  if (need_grad_mask) {
+    grad_mask = new_zeros(*attn_mask, mask_sizes);
+    sums = shared ? new_zeros(query, sum_sizes, ScalarType::Float) : grad_mask;
+    const bool wide = sums.scalar_type() != query.scalar_type();
+    params.mask_gradient_kind = shared && !deterministic ? AttentionMaskGradient::kAddFloat
+                                : shared || wide         ? AttentionMaskGradient::kStoreFloat
+                                                         : AttentionMaskGradient::kStore;
+    params.mask_gradient = sums.mutable_data_ptr();
+    broadcast_strides(sums, params.mask_gradient_strides);
+  }
+  if (empty) return {grad_query, grad_key, grad_value, grad_mask};
+
+  params.query = view(query);
+  params.key = view(key);
+  params.value = view(value);
+  params.output = view(output);
+  params.grad_output = view(grad_output);
+  params.grad_query = view(grad_query);
+  params.grad_key = view(grad_key);
+  params.grad_value = view(grad_value);
+  params.lse = static_cast<const float*>(lse.const_data_ptr());
+  params.grad_lse = static_cast<const float*>(binding::data_or_null(grad_lse));
+  params.deterministic = deterministic;
+  const DeviceScope device(query);
+  ZeroableWorkspace workspace(query);
+  const int code = dispatch_type(kOp, query.scalar_type(), [&](auto type) {
+    return attention_backward<std::remove_pointer_t<decltype(type)>>(params, device.stream(), std::ref(workspace));
+  });
+  binding::check_launch(kOp, code);
+  if (shared) {
+    for (int64_t i = 0; i < 4; i++) {
+      const int64_t dimension[] = {i};
+      if (sums.size(i) != mask_sizes[i]) sums = torch::stable::sum(sums, dimension, true);
+    }
+    torch::stable::copy_(grad_mask, sums);
+  }
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
 }  // namespace
 }  // namespace bigkern
 
 STABLE_TORCH_LIBRARY_IMPL(bigkern_cuda, BK_DISPATCH_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&bigkern::forward));
+  m.impl("attention_backward", TORCH_BOX(&bigkern::backward));
 }
