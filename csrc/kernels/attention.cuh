@@ -83,7 +83,7 @@ __device__ __forceinline__ void load_tile(T* tile, int rows, int cols, bool vect
   constexpr int kVec = Tile::kVec;
   if (vectors) {
     constexpr int kSteps = ceil_div(kRows * Tile::kChunks, kThreads);
-#pragma unroll
+#pragma unroll 1  // the addresses of unrolled rows would be kept in registers all through the kernel's loop
     for (int i = 0; i < kSteps; i++) {
       const int chunk = i * kThreads + threadIdx.x;
       const int row = chunk / Tile::kChunks, col = chunk % Tile::kChunks * kVec;
@@ -112,6 +112,10 @@ __device__ __forceinline__ void load_tile(T* tile, int rows, int cols, bool vect
 
 template <class T>
 constexpr int kDepth = 2 * kVecElements<T>;
+
+// Steps of a product over head_dim that are unrolled: more cost registers that would spill, and compile time.
+template <class T>
+constexpr int kProductSteps = sizeof(T) == 2 ? 4 : 2;
 
 // 16 x kDepth of a tile whose rows are the product's.
 template <class T, int kCols>
@@ -422,7 +426,7 @@ struct ForwardTile {
   // 32 rows a warp halve what the warps read from shared memory, as far as registers go.
   static constexpr int kWarpTiles = (kDim == 64 && !kWide) || (kDim == 128 && kPlain) ? 2 : 1;
   static constexpr int kRows = 4 * 16 * kWarpTiles;
-  static constexpr int kKeys = kWide && kDim == 256 ? 16 : 64;
+  static constexpr int kKeys = kWide && kDim == 256 ? 16 : kWide || (kDim == 128 && kPlain) ? 32 : 64;
   static constexpr int kElements = (kRows + 2 * kKeys) * kDim;
 };
 
@@ -433,6 +437,9 @@ struct ForwardPlan {
   bool vector_q, vector_k, vector_v, vector_o;
   float* output;
   float* lse;
+
+  __device__ __forceinline__ int query(int row) const { return pack == 1 ? row : row / pack; }
+  __device__ __forceinline__ int head(int row) const { return pack == 1 ? 0 : row % pack; }
 };
 
 template <class T, int kDim, bool kPlain>
@@ -480,8 +487,7 @@ __global__ void __launch_bounds__(kForwardThreads)
   };
   if (key_tile < end_tile) {
     load_tile<T, kDim, kRows, kForwardThreads>(q_tile, rows - row0, p.head_dim, plan.vector_q, [&](int row) {
-      return sequence.row<T>(p, p.query, b, head0 + (row0 + row) % plan.pack, sequence.first_q,
-                             (row0 + row) / plan.pack);
+      return sequence.row<T>(p, p.query, b, head0 + plan.head(row0 + row), sequence.first_q, plan.query(row0 + row));
     });
     load_keys(k_tile, p.key, key_tile, p.head_dim, plan.vector_k);
     cp_async_commit();
@@ -505,7 +511,7 @@ __global__ void __launch_bounds__(kForwardThreads)
 
     float scores[kWarpTiles][kKeyTiles][4] = {};
     if (active) {
-#pragma unroll(kDim <= 128 && sizeof(T) == 2 ? kDim / kDepth<T> : 4)
+#pragma unroll(kProductSteps<T>)
       for (int k = 0; k < kDim; k += kDepth<T>) {
         uint32_t a[kWarpTiles][4];
 #pragma unroll
@@ -532,17 +538,17 @@ __global__ void __launch_bounds__(kForwardThreads)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
               const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
-              const int64_t head = int64_t{b} * p.heads + head0 + row % plan.pack;
-              number[half] = static_cast<uint64_t>((head * p.seqlen_q + row / plan.pack) * p.seqlen_k);
+              const int64_t head = int64_t{b} * p.heads + head0 + plan.head(row);
+              number[half] = static_cast<uint64_t>((head * p.seqlen_q + plan.query(row)) * p.seqlen_k);
             }
             kept = kept_scores<kKeyTiles>(p, number[0], number[1], key0);
           }
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * half, query = row / plan.pack;
+          const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * half, query = plan.query(row);
           if constexpr (!kPlain) {
-            const ScoreRow<T> score_row(p, sequence, b, head0 + row % plan.pack, query);
+            const ScoreRow<T> score_row(p, sequence, b, head0 + plan.head(row), query);
 #pragma unroll
             for (int n = 0; n < kKeyTiles; n++) {
 #pragma unroll
@@ -629,7 +635,7 @@ __global__ void __launch_bounds__(kForwardThreads)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
-      const int query = row / plan.pack, head = head0 + row % plan.pack;
+      const int query = plan.query(row), head = head0 + plan.head(row);
       const float total = group_sum<4>(sum[m][half]);
       inverse[half] = total == 0.0f ? 0.0f : p.dropout_scale / total;
       const float lse = total == 0.0f ? -INFINITY : (maximum[m][half] * factor) * kLn2 + logf(total);
@@ -656,8 +662,8 @@ __global__ void __launch_bounds__(kForwardThreads)
     if (plan.splits == 1) {
       store_rows<T, kDim>(q_tile, warp_row + 16 * m, 0, out[m], inverse[0], inverse[1], rows - row0, p.value_dim,
                           plan.vector_o, [&](int row) {
-                            return sequence.row<T>(p, p.output, b, head0 + (row0 + row) % plan.pack, sequence.first_q,
-                                                   (row0 + row) / plan.pack);
+                            return sequence.row<T>(p, p.output, b, head0 + plan.head(row0 + row), sequence.first_q,
+                                                   plan.query(row0 + row));
                           });
     }
   }
@@ -705,7 +711,7 @@ struct BackwardTile {
   // Warps along the keys (16 each) and along the columns of their gradients; queries a step.
   static constexpr int kKeyWarps = kWide && kDim == 256 ? 2 : 4;
   static constexpr int kParts = kDim == 256 ? 2 : 1;
-  static constexpr int kQueries = kDim == 256 || (kWide && kDim == 128) ? 16 : kPlain && !kWide ? 64 : 32;
+  static constexpr int kQueries = kDim == 64 ? (kPlain ? 64 : 32) : kDim == 128 && kPlain ? 32 : 16;
   static constexpr int kWarps = kKeyWarps * kParts;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKeys = 16 * kKeyWarps;
@@ -714,6 +720,7 @@ struct BackwardTile {
   static constexpr int kQueryTiles = kQueries / 16;
   static constexpr int kQueryParts = kWarps / kQueryTiles;
   static constexpr int kQueryCols = kDim / kQueryParts;
+  static constexpr int kQueryStep = kQueryCols < 64 ? kQueryCols : 64;  // at once
 };
 
 // A row's numbers that the backward pass needs: lse in powers of two (plus infinity of a row without keys, so that its
@@ -823,7 +830,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
       __syncthreads();  // this step's rows are there, and everyone is done with the last one's dS
       if (active) {
         float weights[kScoreTiles][4] = {}, grads[kScoreTiles][4] = {};
-#pragma unroll(kDim / kDepth<T> <= 8 ? kDim / kDepth<T> : 4)
+#pragma unroll(kProductSteps<T>)
         for (int k = 0; k < kDim; k += kDepth<T>) {
           uint32_t a[4];
           load_a<T, kDim>(a, k_tile, warp_key, k);
@@ -836,7 +843,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
           }
         }
         // dP^T beside the scores: neither waits for the other.
-#pragma unroll(kDim / kDepth<T> <= 8 ? kDim / kDepth<T> : 4)
+#pragma unroll(kProductSteps<T>)
         for (int k = 0; k < kDim; k += kDepth<T>) {
           uint32_t a[4];
           load_a<T, kDim>(a, v_tile, warp_key, k);
@@ -949,37 +956,37 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
       __syncthreads();  // dS is there, and everyone is done with the rows
       if (step + 1 < steps) load_step(step + 1);
 
-      float grad_q[Tile::kQueryCols / 8][4] = {};
       const int query_row = warp % Tile::kQueryTiles * 16, query_col = warp / Tile::kQueryTiles * Tile::kQueryCols;
-      // Keys beyond the last wrote no dS.
-      const int depth = round_up(keys, 16);
-#pragma unroll 1
-      for (int k = 0; k < depth; k += kDepth<T>) {
-        uint32_t a[4];
-        load_a_trans<T, kQueries>(a, ds_tile, k, query_row);
-#pragma unroll
-        for (int d = 0; d < Tile::kQueryCols / 8; d += 2) {
-          uint32_t rows[4];
-          load_b_trans<T, kDim>(rows, k_tile, k, query_col + 8 * d);
-          multiply_add<T>(grad_q[d], a, rows[0], rows[1], p.tf32);
-          multiply_add<T>(grad_q[d + 1], a, rows[2], rows[3], p.tf32);
-        }
-      }
-      const int64_t heads = int64_t{p.batch} * p.heads;
+      const int depth = round_up(keys, 16);  // keys beyond wrote no dS
+      const int64_t heads = int64_t{p.batch} * p.heads, place = int64_t{b} * p.heads + head;
       float* sums =
-          plan.sums +
-          (((p.deterministic ? copy * heads : 0) + int64_t{b} * p.heads + head) * plan.query_tiles + query_tile) *
-              (kQueries * kDim) +
-          threadIdx.x;
+          plan.sums + threadIdx.x +
+          (((p.deterministic ? copy * heads : 0) + place) * plan.query_tiles + query_tile) * (kQueries * kDim);
+#pragma unroll 1
+      for (int col = 0; col < Tile::kQueryCols; col += Tile::kQueryStep) {
+        float grad_q[Tile::kQueryStep / 8][4] = {};
+#pragma unroll 1
+        for (int k = 0; k < depth; k += kDepth<T>) {
+          uint32_t a[4];
+          load_a_trans<T, kQueries>(a, ds_tile, k, query_row);
 #pragma unroll
-      for (int d = 0; d < Tile::kQueryCols / 8; d++) {
+          for (int d = 0; d < Tile::kQueryStep / 8; d += 2) {
+            uint32_t rows[4];
+            load_b_trans<T, kDim>(rows, k_tile, k, query_col + col + 8 * d);
+            multiply_add<T>(grad_q[d], a, rows[0], rows[1], p.tf32);
+            multiply_add<T>(grad_q[d + 1], a, rows[2], rows[3], p.tf32);
+          }
+        }
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float* sum = sums + (4 * d + e) * kThreads;
-          if (p.deterministic) {
-            *sum += grad_q[d][e];  // this thread's alone, turn after turn
-          } else {
-            atomicAdd(sum, grad_q[d][e]);
+        for (int d = 0; d < Tile::kQueryStep / 8; d++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            float* sum = sums + (col / 2 + 4 * d + e) * Tile::kThreads;
+            if (p.deterministic) {
+              *sum += grad_q[d][e];  // this thread's alone, turn after turn
+            } else {
+              atomicAdd(sum, grad_q[d][e]);
+            }
           }
         }
       }

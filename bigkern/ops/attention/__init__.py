@@ -433,12 +433,15 @@ def _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
         and (dtype := query.dtype) in _DTYPES
         and getattr(key, "dtype", None) is dtype
         and getattr(value, "dtype", None) is dtype
-        and type(attn_mask) in (type(None), Tensor)
-        and not (is_causal and attn_mask is not None)
+        and (
+            attn_mask is None
+            or (type(attn_mask) is Tensor and attn_mask.is_cpu and attn_mask.dim() > 1 and not is_causal)
+        )
         and 0 <= dropout_p <= 1
-        # torch multiplies matrices of any batch; heads that do not match are refused here.
+        # torch's own look at shapes lets these pass.
         and (dims := query.dim()) == key.dim() == value.dim()
-        and (dims < 3 or enable_gqa or query.shape[-3] == key.shape[-3] == value.shape[-3])
+        and key.shape[-2:-1] == value.shape[-2:-1]
+        and (dims < 3 or (key.shape[-3] == value.shape[-3] and (enable_gqa or query.shape[-3] == key.shape[-3])))
         and query.numel() > 0
     )
 

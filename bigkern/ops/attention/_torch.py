@@ -72,10 +72,9 @@ def compose(
     if not is_causal or attn_mask is not None or alibi_slopes is not None:
         shift = key.shape[2] - query.shape[2] if bottom_right else 0
         offset = _offsets(query.shape[2], key.shape[2], shift, query.device)
-        attn_mask = _join(attn_mask, _visible(offset, window_left, window_right), query.dtype)
+        attn_mask = _join(attn_mask, _visible(offset, window_left, window_right))
         if alibi_slopes is not None:
-            alibi = _alibi(alibi_slopes, offset).to(query.dtype)
-            attn_mask = alibi if attn_mask is None else _join(alibi, attn_mask, query.dtype)
+            attn_mask = _join(_alibi(alibi_slopes, offset), attn_mask)
         is_causal = False
     enable_gqa = key.shape[1] != query.shape[1]
     output = F.scaled_dot_product_attention(
@@ -114,7 +113,7 @@ def forward(
         # What lies beyond a sequence belongs to its neighbour: a NaN there is not this one's.
         key, value = (torch.where(within_k[:, None, :, None], tensor, 0) for tensor in (key, value))
         within = (within_q[:, :, None] & within_k[:, None, :]).unsqueeze(1)
-    group = query.shape[1] // key.shape[1]
+    group = query.shape[1] // max(key.shape[1], 1)
     query, key, value = (tensor.to(accumulate) for tensor in (query, key, value))
     if group > 1:
         key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
@@ -223,14 +222,12 @@ def _alibi(slopes: Tensor, offset: Tensor) -> Tensor:
     return -slopes.unsqueeze(-1).unsqueeze(-1) * offset.abs()
 
 
-def _join(mask: Tensor | None, other: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """One mask that does what both do."""
+def _join(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """One mask that does what both do; of numbers, in the wider of their dtypes."""
     if mask is None or other is None:
         return other if mask is None else mask
     if mask.dtype == torch.bool and other.dtype == torch.bool:
         return mask & other
     if mask.dtype == torch.bool:
-        return other.to(dtype).masked_fill(~mask, -torch.inf)
-    if other.dtype == torch.bool:
-        return mask.to(dtype).masked_fill(~other, -torch.inf)
-    return mask.to(dtype) + other.to(dtype)
+        mask, other = other, mask
+    return mask.masked_fill(~other, -torch.inf) if other.dtype == torch.bool else mask + other
