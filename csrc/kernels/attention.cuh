@@ -187,8 +187,7 @@ __device__ __forceinline__ void accumulator_to_a(uint32_t (&a)[4], const float (
 
 // d += a b, 16 x 8. fp32: of a = a' + a'' and b = b' + b'', each part a tf32, all products but a'' b''.
 template <class T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                             bool tf32) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     mma_m16n8k16_bf16(d, a, {b0, b1});
   } else if constexpr (std::is_same_v<T, __half>) {
@@ -206,10 +205,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
       b_high[i] = to_tf32(__uint_as_float(b[i]));
       b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
     }
-    if (!tf32) {
-      mma_m16n8k8_tf32(d, a_low, b_high);
-      mma_m16n8k8_tf32(d, a_high, b_low);
-    }
+    mma_m16n8k8_tf32(d, a_low, b_high);
+    mma_m16n8k8_tf32(d, a_high, b_low);
     mma_m16n8k8_tf32(d, a_high, b_high);
   }
 }
@@ -443,7 +440,7 @@ struct ForwardPlan {
 };
 
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(kForwardThreads)
+__global__ void __launch_bounds__(kForwardThreads, 1)
     attention_forward_kernel(const AttentionForwardParams p, const ForwardPlan plan) {
   using Tile = ForwardTile<T, kDim, kPlain>;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kWarpTiles = Tile::kWarpTiles;
@@ -522,8 +519,8 @@ __global__ void __launch_bounds__(kForwardThreads)
           load_b<T, kDim>(keys, k_tile, 8 * n, k);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T>(scores[m][n], a[m], keys[0], keys[1], p.tf32);
-            multiply_add<T>(scores[m][n + 1], a[m], keys[2], keys[3], p.tf32);
+            multiply_add<T>(scores[m][n], a[m], keys[0], keys[1]);
+            multiply_add<T>(scores[m][n + 1], a[m], keys[2], keys[3]);
           }
         }
       }
@@ -578,8 +575,9 @@ __global__ void __launch_bounds__(kForwardThreads)
             top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
           top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
           top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-          const float base = top == -INFINITY ? 0.0f : top * factor;
-          const float rescale = exp2f(maximum[m][half] * factor - base);
+          // The difference first: exactly 0 for the largest, however large it is.
+          const float base = top == -INFINITY ? 0.0f : top;
+          const float rescale = exp2f((maximum[m][half] - base) * factor);
           maximum[m][half] = top;
           float total = sum[m][half] * rescale;
 #pragma unroll
@@ -587,7 +585,7 @@ __global__ void __launch_bounds__(kForwardThreads)
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; e++) {
               float& x = scores[m][n][e];
-              x = exp2f(__fmaf_rn(x, factor, -base));
+              x = exp2f((x - base) * factor);
               total += x;
               if constexpr (!kPlain) x = kept >> (4 * n + e) & 1 ? x : 0.0f;
             }
@@ -620,8 +618,8 @@ __global__ void __launch_bounds__(kForwardThreads)
           load_b_trans<T, kDim>(values, v_tile, k * kDepth<T>, 8 * d);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T>(out[m][d], weights[m], values[0], values[1], p.tf32);
-            multiply_add<T>(out[m][d + 1], weights[m], values[2], values[3], p.tf32);
+            multiply_add<T>(out[m][d], weights[m], values[0], values[1]);
+            multiply_add<T>(out[m][d + 1], weights[m], values[2], values[3]);
           }
         }
       }
@@ -638,7 +636,7 @@ __global__ void __launch_bounds__(kForwardThreads)
       const int query = plan.query(row), head = head0 + plan.head(row);
       const float total = group_sum<4>(sum[m][half]);
       inverse[half] = total == 0.0f ? 0.0f : p.dropout_scale / total;
-      const float lse = total == 0.0f ? -INFINITY : (maximum[m][half] * factor) * kLn2 + logf(total);
+      const float lse = total == 0.0f ? -INFINITY : maximum[m][half] * (factor * kLn2) + logf(total);
       if (lane % 4 == 0 && row < rows) {
         const int64_t place_of_row = sequence.statistics(p, b, head) + query;
         if (plan.splits > 1) {
@@ -710,7 +708,7 @@ struct BackwardTile {
   static constexpr bool kWide = sizeof(T) == 4;
   // Warps along the keys (16 each) and along the columns of their gradients; queries a step.
   static constexpr int kKeyWarps = kWide && kDim == 256 ? 2 : 4;
-  static constexpr int kParts = kDim == 256 ? 2 : 1;
+  static constexpr int kParts = kWide ? kDim / 64 : kDim == 256 ? 2 : 1;
   static constexpr int kQueries = kDim == 64 ? (kPlain ? 64 : 32) : kDim == 128 && kPlain ? 32 : 16;
   static constexpr int kWarps = kKeyWarps * kParts;
   static constexpr int kThreads = 32 * kWarps;
@@ -763,7 +761,7 @@ __global__ void __launch_bounds__(128)
 }
 
 template <class T, int kDim, bool kPlain>
-__global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
+__global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
     attention_backward_kernel(const AttentionBackwardParams p, const BackwardPlan plan) {
   using Tile = BackwardTile<T, kDim, kPlain>;
   constexpr int kKeys = Tile::kKeys, kQueries = Tile::kQueries, kThreads = Tile::kThreads;
@@ -838,8 +836,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
           for (int n = 0; n < kScoreTiles; n += 2) {
             uint32_t rows[4];
             load_b<T, kDim>(rows, q_tile, 8 * n, k);
-            multiply_add<T>(weights[n], a, rows[0], rows[1], p.tf32);
-            multiply_add<T>(weights[n + 1], a, rows[2], rows[3], p.tf32);
+            multiply_add<T>(weights[n], a, rows[0], rows[1]);
+            multiply_add<T>(weights[n + 1], a, rows[2], rows[3]);
           }
         }
         // dP^T beside the scores: neither waits for the other.
@@ -851,8 +849,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
           for (int n = 0; n < kScoreTiles; n += 2) {
             uint32_t rows[4];
             load_b<T, kDim>(rows, g_tile, 8 * n, k);
-            multiply_add<T>(grads[n], a, rows[0], rows[1], p.tf32);
-            multiply_add<T>(grads[n + 1], a, rows[2], rows[3], p.tf32);
+            multiply_add<T>(grads[n], a, rows[0], rows[1]);
+            multiply_add<T>(grads[n + 1], a, rows[2], rows[3]);
           }
         }
 
@@ -932,11 +930,11 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
           for (int d = 0; d < kColTiles; d += 2) {
             uint32_t rows[4];
             load_b_trans<T, kDim>(rows, g_tile, k * kDepth<T>, warp_col + 8 * d);
-            multiply_add<T>(grad_v[d], p_rows, rows[0], rows[1], p.tf32);
-            multiply_add<T>(grad_v[d + 1], p_rows, rows[2], rows[3], p.tf32);
+            multiply_add<T>(grad_v[d], p_rows, rows[0], rows[1]);
+            multiply_add<T>(grad_v[d + 1], p_rows, rows[2], rows[3]);
             load_b_trans<T, kDim>(rows, q_tile, k * kDepth<T>, warp_col + 8 * d);
-            multiply_add<T>(grad_k[d], ds_rows, rows[0], rows[1], p.tf32);
-            multiply_add<T>(grad_k[d + 1], ds_rows, rows[2], rows[3], p.tf32);
+            multiply_add<T>(grad_k[d], ds_rows, rows[0], rows[1]);
+            multiply_add<T>(grad_k[d + 1], ds_rows, rows[2], rows[3]);
           }
         }
         if (warp_col == 0) {
@@ -973,8 +971,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads)
           for (int d = 0; d < Tile::kQueryStep / 8; d += 2) {
             uint32_t rows[4];
             load_b_trans<T, kDim>(rows, k_tile, k, query_col + col + 8 * d);
-            multiply_add<T>(grad_q[d], a, rows[0], rows[1], p.tf32);
-            multiply_add<T>(grad_q[d + 1], a, rows[2], rows[3], p.tf32);
+            multiply_add<T>(grad_q[d], a, rows[0], rows[1]);
+            multiply_add<T>(grad_q[d + 1], a, rows[2], rows[3]);
           }
         }
 #pragma unroll

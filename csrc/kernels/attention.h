@@ -39,7 +39,6 @@ struct AttentionOptions {
   float dropout_p;  // a weight is kept when its uniform number in (0, 1] is greater than this
   float dropout_scale;
   const int64_t* philox;  // seed and offset, or null: no dropout
-  bool tf32;              // fp32 products may be rounded to tf32
 };
 
 struct AttentionForwardParams : AttentionOptions {

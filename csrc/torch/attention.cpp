@@ -86,7 +86,7 @@ Tensor rows_first(const Tensor& like, int64_t batch, int64_t heads, int64_t rows
   return torch::stable::transpose(memory, 1, 2);
 }
 
-// What both ops are given beside query, key and value.
+// What both ops are given beside query, key and value. Their `tf32` is a permission that the kernels do not use.
 struct Arguments {
   const std::optional<Tensor>& attn_mask;
   const std::optional<Tensor>& alibi_slopes;
@@ -96,7 +96,6 @@ struct Arguments {
   bool bottom_right;
   double softcap, scale, dropout_p;
   const std::optional<Tensor>& philox;
-  bool tf32;
 };
 
 // Checks query, key, value and the options, and fills the latter in.
@@ -177,7 +176,6 @@ void set_options(const char* op, const Tensor& query, const Tensor& key, const T
   options.window_left = window_side(a.window_left);
   options.window_right = window_side(a.window_right);
   options.bottom_right = a.bottom_right;
-  options.tf32 = a.tf32;
 
   if (!(a.dropout_p >= 0.0 && a.dropout_p <= 1.0)) refuse(op, ": dropout_p is ", a.dropout_p, "; expected 0 to 1");
   options.dropout_p = static_cast<float>(a.dropout_p);
@@ -224,7 +222,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   AttentionForwardParams params{};
   set_options(kOp, query, key, value,
               {attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
-               window_right, bottom_right, softcap, scale, dropout_p, philox, tf32},
+               window_right, bottom_right, softcap, scale, dropout_p, philox},
               params);
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
   const bool packed = params.cu_seqlens_q != nullptr;
@@ -256,12 +254,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
     int64_t window_right, bool bottom_right, double softcap, double scale, double dropout_p,
-    const std::optional<Tensor>& philox, bool tf32, bool need_grad_mask, bool deterministic) {
+    const std::optional<Tensor>& philox, bool, bool need_grad_mask, bool deterministic) {
   constexpr const char* kOp = "attention_backward";
   AttentionBackwardParams params{};
   set_options(kOp, query, key, value,
               {attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
-               window_right, bottom_right, softcap, scale, dropout_p, philox, tf32},
+               window_right, bottom_right, softcap, scale, dropout_p, philox},
               params);
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), value_dim = value.size(3);
   check_four(kOp, "grad_output", grad_output, query, batch, heads, rows, value_dim);

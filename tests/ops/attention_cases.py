@@ -7,7 +7,6 @@ import random
 from dataclasses import dataclass, field, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -34,7 +33,7 @@ class Case:
         "", "bool", "bool keys", "bool rows", "bias", "bias heads", "bias keys", "bias queries", "float bias"
     )
     causal: str = _of("", "top", "bottom")
-    window: tuple[int, int] | None = _of(None, (3, 2), (0, 0), (9, -1))
+    window: tuple[int, int] | None = _of(None, (3, 2), (1, 0), (9, -1))
     softcap: float | None = _of(None, 2.0)
     alibi: str = _of("", "heads", "batch")
     dropout_p: float = _of(0.0, 0.3)
@@ -121,57 +120,91 @@ class Case:
         return results
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
-        """The formula, in float32 for 16-bit tensors as torch's own operator; results in torch's dtypes."""
-        dtype = query.dtype
-        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        group = self.heads[0] // self.heads[1]
-        q, k, v = (
-            t.to(accumulate) for t in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
-        )
+        output, lse = _Flash.apply(query, key, value, bias, self)
+        return (output, lse) if self.lse else output
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scores, minus infinity where a query does not see a key, and their derivative by scale q . k."""
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+        scores = torch.einsum("bhid,bhjd->bhij", query, key) * scale
+        derivative = torch.ones_like(scores)
         if self.softcap:
-            scores = self.softcap * (scores / self.softcap).tanh()
+            squashed = (scores / self.softcap).tanh()
+            scores, derivative = self.softcap * squashed, 1 - squashed**2
         seqlen_q, seqlen_k = self.lengths
-        position = torch.arange(seqlen_q, device=q.device).unsqueeze(1)
+        position = torch.arange(seqlen_q, device=query.device).unsqueeze(1)
         if self.causal == "bottom":
             position = position + seqlen_k - seqlen_q
-        distance = torch.arange(seqlen_k, device=q.device) - position
+        distance = torch.arange(seqlen_k, device=query.device) - position
         if self.alibi:
-            scores = scores - (self.slopes(q.device)[..., None, None] * distance.abs()).to(accumulate)
+            scores = scores - (self.slopes(query.device)[..., None, None] * distance.abs()).to(scores.dtype)
         if bias is not None:
-            scores = scores + bias.to(accumulate)
-        seen = torch.ones(scores.shape, dtype=torch.bool, device=q.device)
-        if (mask := self.bool_mask(q.device)) is not None:
+            scores = scores + bias.to(scores.dtype)
+        seen = torch.ones(scores.shape, dtype=torch.bool, device=query.device)
+        if (mask := self.bool_mask(query.device)) is not None:
             seen = seen & mask
         if self.causal:
             seen = seen & (distance <= 0)
         if self.window is not None:
             left, right = self.window
             seen = seen & (distance >= -left if left >= 0 else True) & (distance <= right if right >= 0 else True)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        if not (self.softcap or self.dropout_p or self.lse):
-            # Torch's own operator, with all that is added to scale q . k as its mask.
-            added = torch.zeros_like(scores).masked_fill(~seen, -torch.inf)
-            if self.alibi:
-                added = added - (self.slopes(q.device)[..., None, None] * distance.abs()).to(accumulate)
-            if bias is not None:
-                added = added + bias.to(accumulate)
-            added = None if not (self.alibi or self.mask or self.causal or self.window) else added
-            return F.scaled_dot_product_attention(query, key, value, added, scale=scale, enable_gqa=group > 1)
-        top = scores.detach().amax(3, keepdim=True)
+        return scores.masked_fill(~seen, -torch.inf), derivative
+
+
+class _Flash(torch.autograd.Function):
+    """The formula as torch's own kernels compute it (FlashAttention-2): scores in float32, weights rounded to the dtype
+    before they meet the values, the gradient from lse and the rounded output.  In float64 it is the truth.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, case):
+        dtype = query.dtype
+        q, k, v = _accumulate(case, query, key, value)
+        scores, _ = case.scores(q, k, bias)
+        top = scores.amax(3, keepdim=True)
         top = torch.where(top > -torch.inf, top, 0)
         terms = (scores - top).exp()
         total = terms.sum(3, keepdim=True)
-        weights = terms / torch.where(total > 0, total, 1)
-        if self.dropout_p:
-            ones = torch.ones(scores.shape, device=q.device)
-            weights = weights * dropout(ones, self.dropout_p, torch.tensor(PHILOX, device=q.device))
-        output = (weights @ v).to(dtype)
-        if not self.lse:
-            return output
-        lse = torch.where(total > 0, top + torch.where(total > 0, total, 1).log(), -torch.inf)
-        return output, lse.squeeze(3)
+        output = ((terms * _kept(case, terms)).to(dtype).to(terms.dtype) @ v) / torch.where(total > 0, total, 1)
+        output, lse = output.to(dtype), (top + total.log()).squeeze(3)
+        ctx.save_for_backward(query, key, value, bias, output, lse)
+        ctx.case = case
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse):
+        query, key, value, bias, output, lse = ctx.saved_tensors
+        case, dtype = ctx.case, query.dtype
+        q, k, v = _accumulate(case, query, key, value)
+        scores, derivative = case.scores(q, k, bias)
+        grad, kept = grad_output.to(q.dtype), _kept(case, scores)
+        weights = torch.where(scores > -torch.inf, (scores - lse.unsqueeze(3)).exp(), 0)
+        delta = (grad * output.to(q.dtype)).sum(3) - (grad_lse if case.lse else 0)
+        grad_scores = weights * (grad @ v.transpose(2, 3) * kept - delta.unsqueeze(3))
+        rounded = (grad_scores * derivative).to(dtype).to(q.dtype)
+        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        grad_value = (weights * kept).to(dtype).to(q.dtype).transpose(2, 3) @ grad
+
+        def of_shared(x):
+            return x.unflatten(1, (case.heads[1], -1)).sum(2).to(dtype)
+
+        grad_bias = None if bias is None else grad_scores.sum_to_size(bias.shape).to(bias.dtype)
+        grad_key = of_shared(rounded.transpose(2, 3) @ q * scale)
+        return (rounded @ k * scale).to(dtype), grad_key, of_shared(grad_value), grad_bias, None
+
+
+def _accumulate(case: Case, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    group = case.heads[0] // case.heads[1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return [t.to(dtype) for t in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))]
+
+
+def _kept(case: Case, scores: Tensor) -> Tensor:
+    """Dropout's factors."""
+    ones = torch.ones_like(scores, dtype=torch.float32)
+    if not case.dropout_p:
+        return ones.to(scores.dtype)
+    return dropout(ones, case.dropout_p, torch.tensor(PHILOX, device=scores.device)).to(scores.dtype)
 
 
 def relaid(x: Tensor, layout: str) -> Tensor:

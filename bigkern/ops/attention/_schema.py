@@ -10,7 +10,7 @@ dtype.  alibi_slopes is float32, (heads,) or (batch, heads).
 
 Query i sits at key position ``p = i``, or ``i + seqlen_k - seqlen_q`` with ``bottom_right``; it sees the keys from
 ``p - window_left`` to ``p + window_right``, without a limit where that is negative.  Causal attention is
-``window_right = 0``.  ``softcap`` 0 is none.
+``window_right = 0``.  ``softcap`` 0 is none.  ``tf32`` permits a backend to round fp32 factors to tf32.
 
 Results lie in memory as (batch, seqlen, heads, dim), so that the heads can be joined without a copy.  lse is float32,
 (batch, heads, seqlen_q).  grad_mask has attn_mask's shape and dtype, or is an empty (0,) tensor.
