@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(name: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog=f"python -m benchmarks {name}", description=module.__doc__)
     parser.add_argument("--function", nargs="+", choices=module.FUNCTIONS, default=module.FUNCTIONS)
-    parser.add_argument("--shape", nargs="+", type=_shape, metavar="4096x4096", help="default: a list for the device")
+    names = getattr(module, "SHAPE_NAMES", "ROWSxCOLS")
+    shape = partial(_shape, names=names)
+    parser.add_argument("--shape", nargs="+", type=shape, metavar=names, help="default: a list for the device")
     parser.add_argument("--dtype", nargs="+", type=parse_dtype, metavar="bf16", help="bf16, fp16, fp32")
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="default: the kernels that run here")
@@ -91,13 +94,15 @@ def _arguments(name: str, module: ModuleType, argv: Sequence[str]) -> argparse.N
     return parser.parse_args(argv)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str, names: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:
         shape = ()
-    if len(shape) != 2 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"a shape is ROWSxCOLS, like 4096x4096, got {text!r}")
+    parts = names.split("x")
+    # A padding may be 0.
+    if len(shape) != len(parts) or any(size < (part != "PADDING") for size, part in zip(shape, parts, strict=True)):
+        raise argparse.ArgumentTypeError(f"a shape is {names}, in positive numbers, got {text!r}")
     return shape
 
 

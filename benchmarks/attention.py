@@ -25,6 +25,7 @@ FEATURES: dict[str, dict] = {
     "attention_softcap": {"softcap": 50.0, "causal": True},
 }
 FUNCTIONS = tuple(FEATURES)
+SHAPE_NAMES = "BATCHxHEADSxKV_HEADSxQUERIESxKEYSxDIM"
 
 # batch, heads, key heads, queries, keys, head_dim. Of the documents' models: the Transformer classifier (32 texts of
 # 200 tokens, embedding 64, 8 heads), BERT base (32 x 128, 12 heads of 64), GPT-2 (1,024 tokens).
