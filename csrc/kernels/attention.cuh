@@ -291,49 +291,75 @@ struct Sequence {
 
 // ---- Features of the scores, the same in both directions ----
 
-// A query's row of the scores.
-template <class T>
-struct ScoreRow {
-  const unsigned char* mask;  // of key 0, or null
-  float slope;
-  int position;
-  bool valid;
-
-  __device__ __forceinline__ ScoreRow(const AttentionOptions& p, const Sequence& sequence, int b, int head, int query) {
-    valid = query < sequence.queries;
-    position = query + sequence.shift;
-    slope = p.slopes != nullptr ? p.slopes[b * p.slopes_batch_stride + head] : 0.0f;
-    mask = nullptr;
-    if (p.mask_kind != AttentionMask::kNone && valid) {
-      const int bytes = p.mask_kind == AttentionMask::kBool ? 1 : p.mask_kind == AttentionMask::kFloat ? 4 : sizeof(T);
-      mask = static_cast<const unsigned char*>(p.mask) +
-             (b * p.mask_strides[0] + head * p.mask_strides[1] + query * p.mask_strides[2]) * bytes;
-    }
-  }
-
-  // From q . k of a key that exists to the score, and its derivative by scale q . k.
-  __device__ __forceinline__ float score(const AttentionOptions& p, int key, float dot, float& derivative) const {
-    float x = dot * p.scale;
-    derivative = 1.0f;
-    if (p.softcap > 0.0f) {
-      const float t = tanhf(x / p.softcap);
-      x = p.softcap * t;
-      derivative = 1.0f - t * t;
-    }
-    if (mask != nullptr) {
-      const int64_t offset = key * p.mask_strides[3];
-      if (p.mask_kind == AttentionMask::kBool) {
-        x = mask[offset] ? x : -INFINITY;
-      } else if (p.mask_kind == AttentionMask::kFloat) {
-        x += reinterpret_cast<const float*>(mask)[offset];
+// Mask elements are M: unsigned char (bool), float or T. `Head`, `Query` and `Key` give the place of element e of
+// accumulator tile i, which may lie beyond the last query or key.
+template <class M, int kTiles, class Head, class Query, class Key>
+__device__ __forceinline__ void add_mask(const AttentionOptions& p, const Sequence& sequence, int b,
+                                         float (&scores)[kTiles][4], Head head, Query query, Key key) {
+  const M* mask = static_cast<const M*>(p.mask) + b * p.mask_strides[0];
+#pragma unroll
+  for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int row = query(i, e), col = key(i, e);
+      if (row >= sequence.queries || col >= sequence.keys) continue;
+      const M value = mask[head(e) * p.mask_strides[1] + row * p.mask_strides[2] + col * p.mask_strides[3]];
+      if constexpr (std::is_same_v<M, unsigned char>) {
+        if (!value) scores[i][e] = -INFINITY;
       } else {
-        x += to_float(reinterpret_cast<const T*>(mask)[offset]);
+        scores[i][e] += to_float(value);
       }
     }
-    if (slope != 0.0f) x -= slope * fabsf(static_cast<float>(position - key));
-    return x;
   }
-};
+}
+
+// From q . k to the scores, and their derivatives by scale q . k where wanted. Each feature is one branch over the
+// tile.
+template <class T, int kTiles, bool kDerivative, class Head, class Query, class Key>
+__device__ __forceinline__ void add_features(const AttentionOptions& p, const Sequence& sequence, int b,
+                                             float (&scores)[kTiles][4],
+                                             float (&derivative)[kDerivative ? kTiles : 1][4], Head head, Query query,
+                                             Key key) {
+#pragma unroll
+  for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      scores[i][e] *= p.scale;
+      if constexpr (kDerivative) derivative[i][e] = 1.0f;
+    }
+  }
+  if (p.softcap > 0.0f) {
+    const float inverse = 1.0f / p.softcap;
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float t = tanhf(scores[i][e] * inverse);
+        scores[i][e] = p.softcap * t;
+        if constexpr (kDerivative) derivative[i][e] = 1.0f - t * t;
+      }
+    }
+  }
+  if (p.mask_kind == AttentionMask::kBool) {
+    add_mask<unsigned char>(p, sequence, b, scores, head, query, key);
+  } else if (p.mask_kind == AttentionMask::kFloat) {
+    add_mask<float>(p, sequence, b, scores, head, query, key);
+  } else if (p.mask_kind == AttentionMask::kSame) {
+    add_mask<T>(p, sequence, b, scores, head, query, key);
+  }
+  if (p.slopes != nullptr) {
+    const float* slopes = p.slopes + b * p.slopes_batch_stride;
+    const float low = slopes[head(0)], high = slopes[head(2)];
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int distance = query(i, e) + sequence.shift - key(i, e);
+        scores[i][e] -= (e < 2 ? low : high) * fabsf(static_cast<float>(distance));
+      }
+    }
+  }
+}
 
 // Whether dropout keeps element `index` of the (batch, heads, seqlen_q, seqlen_k) weights.
 __device__ __forceinline__ bool keeps(const AttentionOptions& p, uint64_t seed, uint64_t offset, uint64_t index) {
@@ -423,7 +449,8 @@ struct ForwardTile {
   // 32 rows a warp halve what the warps read from shared memory, as far as registers go.
   static constexpr int kWarpTiles = (kDim == 64 && !kWide) || (kDim == 128 && kPlain) ? 2 : 1;
   static constexpr int kRows = 4 * 16 * kWarpTiles;
-  static constexpr int kKeys = kWide && kDim == 256 ? 16 : kWide || (kDim == 128 && kPlain) ? 32 : 64;
+  // More keys a tile with an output of 256 columns would spill.
+  static constexpr int kKeys = kDim == 256 ? 16 : kWide || (kDim == 128 && kPlain) ? 32 : 64;
   static constexpr int kElements = (kRows + 2 * kKeys) * kDim;
 };
 
@@ -530,6 +557,13 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
       for (int m = 0; m < kWarpTiles; m++) {
         uint32_t kept = ~0u;
         if constexpr (!kPlain) {
+          const int first = row0 + warp_row + 16 * m + lane / 4;
+          const auto head = [&](int e) { return head0 + plan.head(first + e / 2 * 8); };
+          const int queries[2] = {plan.query(first), plan.query(first + 8)};
+          float derivative[1][4];
+          add_features<T, kKeyTiles, false>(
+              p, sequence, b, scores[m], derivative, head, [&](int, int e) { return queries[e / 2]; },
+              [&](int n, int e) { return key0 + 8 * n + lane % 4 * 2 + e % 2; });
           if (p.philox != nullptr) {
             uint64_t number[2];
 #pragma unroll
@@ -544,19 +578,6 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * half, query = plan.query(row);
-          if constexpr (!kPlain) {
-            const ScoreRow<T> score_row(p, sequence, b, head0 + plan.head(row), query);
-#pragma unroll
-            for (int n = 0; n < kKeyTiles; n++) {
-#pragma unroll
-              for (int e = 0; e < 2; e++) {
-                const int key = key0 + 8 * n + lane % 4 * 2 + e;
-                float& x = scores[m][n][2 * half + e];
-                float derivative;
-                x = key < sequence.keys ? score_row.score(p, key, x, derivative) : -INFINITY;
-              }
-            }
-          }
           if (cut) {
             const int from = sequence.first_key(p, query), to = sequence.end_key(p, query);
 #pragma unroll
@@ -721,8 +742,8 @@ struct BackwardTile {
   static constexpr int kQueryStep = kQueryCols < 64 ? kQueryCols : 64;  // at once
 };
 
-// A row's numbers that the backward pass needs: lse in powers of two (plus infinity of a row without keys, so that its
-// weights are 0), and delta.
+// A row's numbers that the backward pass needs: lse, of plain kernels in powers of two (plus infinity of a row without
+// keys, so that its weights are 0), and delta.
 using RowStatistics = float2;
 
 // `copies` blocks share a head's keys, each turn about; their sums of grad_query lie behind each other in `sums`: copy,
@@ -730,6 +751,7 @@ using RowStatistics = float2;
 struct BackwardPlan {
   int key_tiles, query_tiles, copies;
   bool vector_q, vector_k, vector_v, vector_g, vector_dk, vector_dv;
+  float lse_factor;
   RowStatistics* statistics;
   float* sums;
 };
@@ -757,7 +779,7 @@ __global__ void __launch_bounds__(128)
   float delta = dot_rows(at(p.grad_output), at(p.output), p.value_dim, lane);
   if (p.grad_lse != nullptr) delta -= p.grad_lse[row];
   const float lse = p.lse[row];
-  if (lane == 0) plan.statistics[row] = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, delta);
+  if (lane == 0) plan.statistics[row] = make_float2(lse == -INFINITY ? INFINITY : lse * plan.lse_factor, delta);
 }
 
 template <class T, int kDim, bool kPlain>
@@ -780,7 +802,6 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
   const Sequence sequence(p, b);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_key = warp % Tile::kKeyWarps * 16, warp_col = warp / Tile::kKeyWarps * kCols;
-  const float factor = kPlain ? p.scale * kLog2e : kLog2e;
 
 #pragma unroll 1
   for (int key_tile = copy; key_tile < plan.key_tiles; key_tile += plan.copies) {
@@ -859,6 +880,13 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           const int64_t row = (int64_t{b} * p.heads + head) * p.seqlen_q + query0;
           kept = kept_scores_trans<kScoreTiles>(p, static_cast<uint64_t>(row * p.seqlen_k + key0 + warp_key));
         }
+        float derivative[kPlain ? 1 : kScoreTiles][4];
+        if constexpr (!kPlain) {
+          add_features<T, kScoreTiles, true>(
+              p, sequence, b, weights, derivative, [&](int) { return head; },
+              [&](int n, int e) { return query0 + 8 * n + lane % 4 * 2 + e % 2; },
+              [&](int, int e) { return key0 + warp_key + lane / 4 + e / 2 * 8; });
+        }
         const bool cut = key0 + kKeys > sequence.end_key(p, query0) ||
                          key0 < sequence.first_key(p, min(query0 + kQueries, sequence.queries) - 1);
 #pragma unroll
@@ -867,16 +895,6 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           for (int column = 0; column < 2; column++) {
             const int row = 8 * n + lane % 4 * 2 + column, query = query0 + row;
             const RowStatistics statistics = row_statistics[row];
-            float derivative[2] = {1.0f, 1.0f};
-            if constexpr (!kPlain) {
-              const ScoreRow<T> score_row(p, sequence, b, head, query);
-#pragma unroll
-              for (int half = 0; half < 2; half++) {
-                const int key = key0 + warp_key + lane / 4 + 8 * half;
-                float& x = weights[n][2 * half + column];
-                if (key < sequence.keys) x = score_row.score(p, key, x, derivative[half]);
-              }
-            }
             if (cut) {
               const int from = sequence.first_key(p, query), to = sequence.end_key(p, query);
 #pragma unroll
@@ -888,7 +906,9 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
               const int e = 2 * half + column;
-              const float weight = exp2f(__fmaf_rn(weights[n][e], factor, -statistics.x));
+              // With features the scores are what lse is of: their difference first, which rounds less.
+              const float weight = exp2f(kPlain ? __fmaf_rn(weights[n][e], p.scale * kLog2e, -statistics.x)
+                                                : (weights[n][e] - statistics.x) * kLog2e);
               float grad = grads[n][e];
               weights[n][e] = weight;
               if constexpr (!kPlain) {
@@ -914,7 +934,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
                     }
                   }
                 }
-                grad *= derivative[half];
+                grad *= derivative[n][e];
               }
               grads[n][e] = grad;
             }
@@ -1104,6 +1124,7 @@ int launch_backward(const AttentionBackwardParams& p, Stream stream, const Atten
     const int64_t wanted = ceil_div<int64_t>(2 * std::max(1, multiprocessor_count()), key_heads);
     plan.copies = static_cast<int>(std::min<int64_t>(plan.copies, wanted));
   }
+  plan.lse_factor = kPlain ? kLog2e : 1.0f;
   plan.vector_q = moves_in_vectors<T>(p.query, p.head_dim);
   plan.vector_k = moves_in_vectors<T>(p.key, p.head_dim);
   plan.vector_v = moves_in_vectors<T>(p.value, p.value_dim);

@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                                    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
                                    int64_t window_right, bool bottom_right, double softcap, double scale,
-                                   double dropout_p, const std::optional<Tensor>& philox, bool tf32) {
+                                   double dropout_p, const std::optional<Tensor>& philox, bool) {
   constexpr const char* kOp = "attention_forward";
   AttentionForwardParams params{};
   set_options(kOp, query, key, value,

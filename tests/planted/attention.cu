@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-// fp32, one head: the forward pass, then the backward pass on what it saved. 0, or an error code whose message lands
-// in `error`.
+// fp32, one head, head_dim up to 64 (one instance compiles fast): the forward pass, then the backward pass on what it
+// saved. 0, or an error code whose message lands in `error`.
 extern "C" int run_attention(const float* query, const float* key, const float* value, const float* grad_output,
                              float* output, float* grad_query, float* grad_key, float* grad_value, int queries,
                              int keys, int dim, int causal, float dropout_p, int64_t seed, int64_t offset, char* error,
@@ -37,7 +37,7 @@ extern "C" int run_attention(const float* query, const float* key, const float* 
   forward.value = rows(value);
   forward.output = rows(output);
   forward.lse = lse.data();
-  int code = bigkern::attention_forward<float>(forward, nullptr, allocate);
+  int code = bigkern::attention::launch_forward<float, 64, false>(forward, nullptr, allocate);
   bigkern::AttentionBackwardParams backward{};
   static_cast<bigkern::AttentionOptions&>(backward) = forward;
   backward.query = forward.query;
@@ -49,7 +49,7 @@ extern "C" int run_attention(const float* query, const float* key, const float* 
   backward.grad_key = rows(grad_key);
   backward.grad_value = rows(grad_value);
   backward.lse = lse.data();
-  if (code == 0) code = bigkern::attention_backward<float>(backward, nullptr, allocate);
+  if (code == 0) code = bigkern::attention::launch_backward<float, 64, false>(backward, nullptr, allocate);
   if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
   return code;
 }
