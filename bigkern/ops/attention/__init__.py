@@ -426,23 +426,27 @@ def _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
 
     The checks below would say the same, more slowly: the 3 us that a call on a CPU may cost more than torch's.
     """
-    return (
+    if not (
         isinstance(query, Tensor)
         and query.is_cpu
         and backend._requested in (None, "torch")
         and (dtype := query.dtype) in _DTYPES
         and getattr(key, "dtype", None) is dtype
         and getattr(value, "dtype", None) is dtype
-        and (
-            attn_mask is None
-            or (type(attn_mask) is Tensor and attn_mask.is_cpu and attn_mask.dim() > 1 and not is_causal)
-        )
+        and (attn_mask is None or (type(attn_mask) is Tensor and attn_mask.is_cpu and not is_causal))
         and 0 <= dropout_p <= 1
-        # torch's own look at shapes lets these pass.
-        and (dims := query.dim()) == key.dim() == value.dim()
-        and key.shape[-2:-1] == value.shape[-2:-1]
-        and (dims < 3 or (key.shape[-3] == value.shape[-3] and (enable_gqa or query.shape[-3] == key.shape[-3])))
-        and query.numel() > 0
+    ):
+        return False
+    # torch's own look at shapes lets these pass.  A shape is built anew whenever it is asked for.
+    q, k, v = query.shape, key.shape, value.shape
+    dims = len(q)
+    return (
+        dims == len(k) == len(v)
+        and dims > 1
+        and k[-2] == v[-2]
+        and (dims == 2 or (k[-3] == v[-3] and (enable_gqa or q[-3] == k[-3])))
+        and 0 not in q
+        and (attn_mask is None or attn_mask.dim() > 1)
     )
 
 
