@@ -53,6 +53,9 @@ class Case:
         # torch's functions take a causal mask or another; the lower right one is a mask of its own.
         return not (self.causal and self.mask)
 
+    def bottom_right(self) -> bool:
+        return self.causal == "bottom"
+
     def inputs(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
         """query, key, value, and an additive mask; all require gradients."""
         generator = torch.Generator().manual_seed(seed)
@@ -133,7 +136,7 @@ class Case:
             scores, derivative = self.softcap * squashed, 1 - squashed**2
         seqlen_q, seqlen_k = self.lengths
         position = torch.arange(seqlen_q, device=query.device).unsqueeze(1)
-        if self.causal == "bottom":
+        if self.bottom_right():
             position = position + seqlen_k - seqlen_q
         distance = torch.arange(seqlen_k, device=query.device) - position
         if self.alibi:
