@@ -31,21 +31,27 @@
 //     in flight                                                                                   | next Q, dO
 //
 // grad_query is added up in fp32, by atomics; when deterministic, each of a few blocks a head owns a copy of it, and
-// the copies are added in order. A warp of head_dim 256 holds half of its keys' columns and computes their scores
-// twice: 7 products instead of 5.
+// the copies are added in order. Where a warp cannot hold all columns of its keys'
+// gradients (head_dim 256; fp32 beyond 64), several share the keys and each computes their scores.
 //
 // Shared memory is swizzled: 16-byte chunk c of row r stands at chunk c ^ r % 8, so that ldmatrix meets every bank
 // once.
 //
 // Instances, for each of bf16 and fp16, head_dim 64 (and below), 128 and 256: with every feature at run time, and up to
-// 128 a plain one with windows alone, whose inner loop has nothing more in it. fp32 has the former. value_dim is padded
-// with head_dim to the larger one.
+// 128 a plain one with windows alone, whose inner loop has nothing more in it; fp32 has the former. Two directions: 26
+// kernels, and three small ones a dtype. value_dim is padded with head_dim to the larger one. What a tile may be is
+// bound by registers, of which the output of 32 x 128 or 16 x 256 takes half: hence 32 keys in the plain kernel of 128,
+// and no more than 16 at 256, which costs it time.
 //
-// Numerics: scores, statistics and sums are fp32; P and dS are rounded to T for the tensor cores. fp32 products are
-// split in three tf32 ones, which leaves an error of about 2^-22 of each.
+// Numerics: scores, statistics and sums are fp32; P and dS are rounded to T for the tensor cores. Differences from the
+// maximum and, with features, from lse are taken before they are scaled. fp32 products are split in three tf32 ones,
+// which leaves an error of about 2^-22 of each; an infinite factor makes NaN.
 //
-// Registers at most 255 (168 where three blocks shall fit), by ptxas for sm_80 and sm_90a; nothing spills. Not
-// measured.
+// The path of another architecture enters in attention_forward and attention_backward below, and shares Sequence,
+// add_features and kept_scores.
+//
+// Registers: at most 255, by ptxas for sm_80 and sm_90a, and nothing spills. Expected: two blocks a multiprocessor, the
+// rate of FlashAttention-2. Not measured.
 #pragma once
 
 #include "device/device.cuh"
@@ -211,8 +217,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// columns [kFirst, kFirst + 8 kTiles) of accumulators, 16 rows, times `factor`, to a tile and from there to rows of
-// global memory, by one warp. Each row is written by the lanes in turn, in vectors where `vectors`.
+// Accumulators, 16 rows times a factor (of rows 0 to 7, 8 to 15), to a tile from (row0, col0) on, and from there to
+// rows of global memory, by one warp; in vectors where `vectors`.
 template <class T, int kCols, int kTiles, class Target>
 __device__ __forceinline__ void store_rows(T* tile, int row0, int col0, const float (&c)[kTiles][4], float factor_low,
                                            float factor_high, int rows, int cols, bool vectors, Target target) {
