@@ -745,7 +745,7 @@ struct BackwardTile {
   static constexpr int kQueryTiles = kQueries / 16;
   static constexpr int kQueryParts = kWarps / kQueryTiles;
   static constexpr int kQueryCols = kDim / kQueryParts;
-  static constexpr int kQueryStep = kQueryCols < 64 ? kQueryCols : 64;  // at once
+  static constexpr int kQueryStep = kQueryCols < 32 ? kQueryCols : 32;  // at once
 };
 
 // A row's numbers that the backward pass needs: lse, of plain kernels in powers of two (plus infinity of a row without
