@@ -745,7 +745,8 @@ struct BackwardTile {
   static constexpr int kQueryTiles = kQueries / 16;
   static constexpr int kQueryParts = kWarps / kQueryTiles;
   static constexpr int kQueryCols = kDim / kQueryParts;
-  static constexpr int kQueryStep = kQueryCols < 32 ? kQueryCols : 32;  // at once
+  static constexpr int kProductSteps = kPlain && kDim == 128 ? 2 : attention::kProductSteps<T>;  // unrolled
+  static constexpr int kQueryStep = kQueryCols < 32 ? kQueryCols : 32;                           // at once
 };
 
 // A row's numbers that the backward pass needs: lse, of plain kernels in powers of two (plus infinity of a row without
@@ -855,7 +856,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
       __syncthreads();  // this step's rows are there, and everyone is done with the last one's dS
       if (active) {
         float weights[kScoreTiles][4] = {}, grads[kScoreTiles][4] = {};
-#pragma unroll(kProductSteps<T>)
+#pragma unroll(Tile::kProductSteps)
         for (int k = 0; k < kDim; k += kDepth<T>) {
           uint32_t a[4];
           load_a<T, kDim>(a, k_tile, warp_key, k);
@@ -868,7 +869,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           }
         }
         // dP^T beside the scores: neither waits for the other.
-#pragma unroll(kProductSteps<T>)
+#pragma unroll(Tile::kProductSteps)
         for (int k = 0; k < kDim; k += kDepth<T>) {
           uint32_t a[4];
           load_a<T, kDim>(a, v_tile, warp_key, k);
