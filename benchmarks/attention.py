@@ -47,29 +47,32 @@ DTYPES = {
     "tiny": (torch.float32,),
 }
 
-_MMA = {"*": "HMMA"}
-# Accumulators of 16 or 32 rows by head_dim fill the registers: one warp a scheduler and block, as planned; two blocks a
+# Every tile comes by 16-byte asynchronous copies and goes through the tensor cores.
+_COPIES = {"*": "HMMA", "sm_80": "LDGSTS", "sm_90a": "LDGSTS"}
+_FORWARD, _BACKWARD = r"^attention::attention_forward_kernel<", r"^attention::attention_backward_kernel<"
+# Threads and shared bytes of each instance. Accumulators of 16 or 32 rows by head_dim fill the registers: two blocks a
 # multiprocessor hide each other's waits.
 static_plan = [
     *(
-        KernelPlan(rf"^attention_forward_kernel<\w+, {dim}, \w+>", 128, 255, True, shared_bytes=shared, requires=_MMA)
-        for dim, shared in ((64, 32768), (128, 49152), (256, 65536))
-    ),
-    *(
-        KernelPlan(
-            rf"^attention_backward_kernel<(__\w+), {dim}, \w+>", threads, 255, True, shared_bytes=shared, requires=_MMA
+        KernelPlan(rf"{kernel}{type}, {dim}, \w+>", threads, 255, shared_bytes=shared, requires=_COPIES)
+        for kernel, type, dim, threads, shared in (
+            (_FORWARD, "__\\w+", 64, 128, 32768),
+            (_FORWARD, "__\\w+", 128, 128, 49152),
+            (_FORWARD, "__\\w+", 256, 128, 49152),
+            (_FORWARD, "float", 64, 128, 32768),
+            (_FORWARD, "float", 128, 128, 65536),
+            (_FORWARD, "float", 256, 128, 98304),
+            (_BACKWARD, "__\\w+", 64, 128, 41472),
+            (_BACKWARD, "__\\w+", 128, 128, 53504),
+            (_BACKWARD, "__\\w+", 256, 256, 84096),
+            (_BACKWARD, "float", 64, 128, 57600),
+            (_BACKWARD, "float", 128, 256, 86144),
+            (_BACKWARD, "float", 256, 256, 100480),
         )
-        for dim, threads, shared in ((64, 128, 41472), (128, 128, 53504), (256, 256, 84096))
     ),
-    *(
-        KernelPlan(
-            rf"^attention_backward_kernel<float, {dim}, \w+>", threads, 255, True, shared_bytes=shared, requires=_MMA
-        )
-        for dim, threads, shared in ((64, 128, 57600), (128, 256, 86144), (256, 256, 100480))
-    ),
-    KernelPlan(r"^attention_combine_kernel<", 128, 64),
-    KernelPlan(r"^attention_backward_rows_kernel<", 128, 64),
-    KernelPlan(r"^attention_backward_queries_kernel<", 256, 64),
+    KernelPlan(r"^attention::attention_combine_kernel<", 128, 64),
+    KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),
+    KernelPlan(r"^attention::attention_backward_queries_kernel<", 256, 64),
 ]
 
 
