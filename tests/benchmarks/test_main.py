@@ -120,7 +120,7 @@ def test_other_commands_are_dispatched(monkeypatch):
     monkeypatch.setattr(overhead, "main", lambda argv: seen.append(argv) or 0)
     assert command.main(["overhead", "--seconds", "1"]) == 0
     assert seen == [["--seconds", "1"]]
-    assert {"adam", "conv", "layer_norm", "rnn"} <= set(command.ops())
+    assert {"adam", "conv", "layer_norm", "rnn", "attention"} <= set(command.ops())
 
 
 def test_overhead_compares_both_modules(tmp_path):

@@ -32,6 +32,7 @@ TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
 RNN_CELLS, RNN_PRODUCT = "csrc/kernels/rnn_cells.cuh", "csrc/kernels/rnn_product.cuh"
+ATTENTION = "csrc/kernels/attention.cuh"
 
 BUGS = [
     Bug(
@@ -383,6 +384,62 @@ BUGS = [
         RNN_PRODUCT,
         "unit < hidden && k + i < size ? start[i]",
         "unit < hidden && k + i <= size ? start[i]",
+        "asan",
+    ),
+    Bug(
+        "former keys' sum not brought to the new maximum",
+        "attention",
+        ATTENTION,
+        "            out[m][d][2 * half] *= rescale;\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "one key too many in a cut tile",
+        "attention",
+        ATTENTION,
+        "if (key < from || key >= to) scores[m][n][2 * half + e] = -INFINITY;",
+        "if (key < from || key > to) scores[m][n][2 * half + e] = -INFINITY;",
+        "plain",
+    ),
+    Bug(
+        "values read from the last tile's buffer",
+        "attention",
+        ATTENTION,
+        "    cp_async_wait<0>();\n    __syncthreads();  // the values are there",
+        "    __syncthreads();  // the values are there",
+        "plain",
+    ),
+    Bug(
+        "keys overwritten while they are read",
+        "attention",
+        ATTENTION,
+        "    __syncthreads();  // the values are there, and everyone is done with the keys\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "dropout draws another mask in the backward pass",
+        "attention",
+        ATTENTION,
+        "g / 4 * 4 + mine / 2 * 8;",
+        "g / 4 * 4 + mine / 2 * 4;",
+        "plain",
+    ),
+    Bug(
+        "dS read before it is written",
+        "attention",
+        ATTENTION,
+        "      __syncthreads();  // dS is there, and everyone is done with the rows\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "rows past the last stored",
+        "attention",
+        ATTENTION,
+        "    if (row >= rows || col >= cols) continue;",
+        "    if (col >= cols) continue;",
         "asan",
     ),
 ]

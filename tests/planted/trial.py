@@ -287,6 +287,62 @@ def rnn(library: ctypes.CDLL) -> str | None:
     return None
 
 
+def philox_uniform(seed: int, offset: int, count: int) -> np.ndarray:
+    """fp32 in (0, 1] by the scalar algorithm as Salmon et al. print it."""
+    words = []
+    for group in range(-(-count // 4)):
+        counter, key = [offset % 2**32, offset >> 32, group % 2**32, group >> 32], [seed % 2**32, seed >> 32]
+        for _ in range(10):
+            low, high = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+            counter = [
+                (high >> 32) ^ counter[1] ^ key[0],
+                high % 2**32,
+                (low >> 32) ^ counter[3] ^ key[1],
+                low % 2**32,
+            ]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        words += counter
+    return (np.array(words[:count], np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32)
+
+
+def attention(library: ctypes.CDLL) -> str | None:
+    """Three tiles of keys, the last one ragged, two of queries; head_dim 20; causal from the corner, or dropout."""
+    dim, seed, offset = 20, 11, 3
+    for queries, keys, causal, dropout_p in ((70, 76, False, 0.25), (5, 70, True, 0.0)):
+        rng = np.random.default_rng(queries)
+        q, grad = rng.standard_normal((2, queries, dim)).astype(np.float32)
+        k, v = rng.standard_normal((2, keys, dim)).astype(np.float32)
+        results = [
+            np.full(shape, np.nan, np.float32) for shape in ((queries, dim), (queries, dim), (keys, dim), (keys, dim))
+        ]
+        sizes = [ctypes.c_int(value) for value in (queries, keys, dim, causal)]
+        randoms = [ctypes.c_float(dropout_p), ctypes.c_int64(seed), ctypes.c_int64(offset)]
+        failure = call(library.run_attention, *map(pointer, (q, k, v, grad, *results)), *sizes, *randoms)
+
+        q, k, v, grad = (x.astype(np.float64) for x in (q, k, v, grad))
+        scores = q @ k.T * dim**-0.5
+        if causal:
+            scores = np.where(np.arange(keys) <= np.arange(queries)[:, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        kept = np.ones_like(weights)
+        if dropout_p:
+            kept = (philox_uniform(seed, offset, queries * keys).reshape(queries, keys) > dropout_p) / (1 - dropout_p)
+        output = (weights * kept) @ v
+        grad_weights = (grad @ v.T) * kept
+        grad_scores = weights * (grad_weights - (grad * output).sum(1, keepdims=True)) * dim**-0.5
+        failure = (
+            failure
+            or compare("output", results[0], output, 1e-5)
+            or compare("grad_query", results[1], grad_scores @ k, 1e-5)
+            or compare("grad_key", results[2], grad_scores.T @ q, 1e-5)
+            or compare("grad_value", results[3], (weights * kept).T @ grad, 1e-5)
+        )
+        if failure:
+            return f"{queries} x {keys}: {failure}"
+    return None
+
+
 # A GPU of one block, so that persistent kernels go round their loops; or several at once, where blocks meet.
 ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
 GPUS = {
@@ -297,7 +353,14 @@ GPUS = {
 
 def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
     library = emulated.open_library(Path(path), build)
-    run = {"tile_gemm": tile_gemm, "layer_norm": layer_norm, "adam": adam, "conv": conv, "rnn": rnn}[kernel]
+    run = {
+        "tile_gemm": tile_gemm,
+        "layer_norm": layer_norm,
+        "adam": adam,
+        "conv": conv,
+        "rnn": rnn,
+        "attention": attention,
+    }[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")
         library.control.set_options(order=order, seed=int(seed), **GPUS.get(kernel, ONE_BLOCK))

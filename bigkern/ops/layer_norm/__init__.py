@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bigkern import backend
+from bigkern.ops._torch_philox import dropout
 from bigkern.ops.layer_norm import _cuda, _torch, _triton
 
 __all__ = ["add_layer_norm", "layer_norm", "rms_norm"]
@@ -269,7 +270,7 @@ def _vector(parameter: Tensor | None, cols: int) -> Tensor | None:
 def _drop(grad: Tensor, dropout_p: float, philox: Tensor | None) -> Tensor:
     if dropout_p == 0:
         return grad
-    return _torch.dropout(grad.to(_torch.accumulator(grad.dtype)), dropout_p, philox).to(grad.dtype)
+    return dropout(grad.to(_torch.accumulator(grad.dtype)), dropout_p, philox).to(grad.dtype)
 
 
 def _autocast(input, residual, weight, bias):

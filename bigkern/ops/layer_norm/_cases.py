@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bigkern.ops import add_layer_norm, layer_norm, rms_norm
 from bigkern.ops._case import DTYPES, Case, Inputs, Outputs
-from bigkern.ops.layer_norm._torch import dropout
+from bigkern.ops._torch_philox import dropout
 
 _EPS = 1e-5
 
