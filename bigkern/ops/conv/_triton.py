@@ -210,8 +210,8 @@ def _launch_conv(
             traversal, block = "flat", 32
         else:
             traversal, block = "taps", 64 if half and reds >= 64 else 32
-        # With a third stage the TF32 kernel spills on sm_80.
-        warps, stages = 8 if rows * cols > 8192 else 4, 2 if tf32 else 3
+        # With four warps the TF32 kernel spills: on sm_80 with three stages, on sm_100 with two.
+        warps, stages = 8 if tf32 or rows * cols > 8192 else 4, 3
     classes = stride[0] * stride[1] if transposed else 1
     kernels.conv_kernel[(_ceil_div(count, rows) * col_tiles, classes)](
         source,
