@@ -5,8 +5,8 @@
 #include <memory>
 #include <vector>
 
-// An LSTM layer in bf16 with packed sequences: the forward pass, then the backward pass on what it saved. 0, or an error
-// code whose message lands in `error`.
+// An LSTM layer in bf16 with packed sequences: the forward pass, then the backward pass on what it saved. 0, or an
+// error code whose message lands in `error`.
 extern "C" int run_rnn(const void* gates, const void* weight, const void* weight_t, const void* h0, const void* c0,
                        const int64_t* offsets, const int64_t* lengths, const void* grad_output, void* output, void* hn,
                        void* cn, void* saved, void* grad_gates, void* grad_h0, void* grad_c0, int64_t steps,
