@@ -1,0 +1,51 @@
+"""The fused recurrent cells compiled for GPUs that are not here: they must compile and keep to registers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bigkern.ops.rnn._schema import CELLS, GATES, SAVED
+from tests.conftest import pick
+from tests.triton import aot
+
+pytestmark = pytest.mark.compiled
+
+
+@pytest.mark.parametrize("architecture", pick(aot.ARCHITECTURES, [90]))
+@pytest.mark.parametrize("cell", range(4), ids=CELLS)
+def test_cells_compile_without_spills(cell, architecture, monkeypatch):
+    from triton.runtime import driver
+
+    from bigkern.ops.rnn import _triton, _triton_kernels
+
+    compiled: list = []
+    for name in ("cell_forward", "cell_backward"):
+        kernel = getattr(_triton_kernels, name)
+        monkeypatch.setattr(_triton_kernels, name, aot._Catcher(kernel, compiled))
+    before = driver._active
+    driver.set_active(aot._Driver(architecture))
+    try:
+        steps, batch, hidden, half = 2, 3, 64, torch.bfloat16
+
+        def tensor(*shape):
+            return torch.zeros(shape, dtype=half)
+
+        h0, c0 = tensor(1, batch, hidden), tensor(1, batch, hidden) if CELLS[cell] == "LSTM" else None
+        rows, gates = steps * batch, GATES[cell] * hidden
+        bias = tensor(1, hidden) if CELLS[cell] == "GRU" else None
+        _triton._forward(tensor(rows, gates), tensor(1, gates, hidden), bias, h0, c0, h0 + 1, None, None, cell, True, 0)
+        saved = tensor(rows, SAVED[cell] * hidden) if SAVED[cell] else tensor(0)
+        output = tensor(rows, hidden)
+        grads = (output, h0, c0)
+        _triton._backward(*grads, output, saved, tensor(1, hidden, gates), h0, c0, None, None, None, cell, 0)
+    finally:
+        driver._active = before
+    names = [name for name, _ in compiled]
+    assert set(names) == {"cell_forward", "cell_backward"} and len(names) == 2 * steps
+    for name, kernel in compiled:
+        found = aot.inspect(kernel.asm["cubin"])
+        assert found["LDL"] == found["STL"] == found["local"] == found["ATOM"] == 0, (name, found)
+        assert found["registers"] <= 64, (name, found)
