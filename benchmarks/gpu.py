@@ -76,7 +76,16 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         Step("conformance", [*pytest, "tests/device", *kernels_on], 900),
         Step(
             "tests",
-            [*pytest, "tests/kernels", "tests/ops", "tests/nn", "tests/models", "tests/test_backend.py", *on],
+            [
+                *pytest,
+                "tests/kernels",
+                "tests/ops",
+                "tests/nn",
+                "tests/optim",
+                "tests/models",
+                "tests/test_backend.py",
+                *on,
+            ],
             1800,
         ),
     ]

@@ -301,3 +301,19 @@ def test_counted_bytes(emulator, pytestconfig):
     tensor = math.prod(output.shape) * 2
     assert counted["global_load_bytes"] <= 3 * tensor * 1.02
     assert counted["global_store_bytes"] <= (tensor + 128 * 4) * 1.02
+
+
+@pytest.mark.sanitized
+@pytest.mark.emulated
+@pytest.mark.parametrize("dim", [64, 128])
+def test_shared_memory_without_bank_conflicts(dim, emulator):
+    """Forward and backward: copies of tiles, ldmatrix; in the race build, every other access too."""
+    tensors, options = arguments((64, 64), (dim, dim), BF16, "cpu")
+    emulator.set_options(bank_conflicts=True)
+    emulator.reset_counters()
+    output, lse = _cuda.forward(*tensors, *options)
+    _cuda.backward(torch.ones_like(output), None, *tensors, output, lse, *options, False, True)
+    counted = emulator.counters()
+    emulator.set_options(bank_conflicts=False)
+    assert counted["shared_load_wavefronts"] > 0 and counted["shared_store_wavefronts"] > 0
+    assert counted["bank_conflict_places"] == []

@@ -470,6 +470,22 @@ def test_small(name, device):
     check(SMALL[name], DTYPES[turn % 3], device, channels_last=turn % 2 == 0)
 
 
+@pytest.mark.sanitized
+@pytest.mark.emulated
+@pytest.mark.parametrize("pool", [(), (2, 2, 2, 2, 0, 0)], ids=["plain", "pooled"])
+def test_shared_memory_without_bank_conflicts(pool, device, kernels):
+    """The main path: copies into the ring, ldmatrix; in the race build, the tile of results and the epilogue too."""
+    conv = Conv(1, 64, (8, 8), 64, (3, 3), padding=(1, 1), activation=1, pool=pool)
+    x, weight, bias = operands(conv, BF16, device, channels_last=True)
+    kernels.set_options(bank_conflicts=True)
+    kernels.reset_counters()
+    forward(conv, x, weight, bias, channels_last=True)
+    counted = kernels.counters()
+    kernels.set_options(bank_conflicts=False)
+    assert counted["shared_load_wavefronts"] > 0 and counted["shared_store_wavefronts"] > 0
+    assert counted["bank_conflict_places"] == []
+
+
 @pytest.mark.emulated
 @pytest.mark.parametrize(
     "conv",
