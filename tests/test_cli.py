@@ -161,7 +161,7 @@ def test_texts_from_training_to_prediction(capsys, reviews, tmp_path):
     assert status == 0
     plan, after = out.split("epoch 1/8")
     assert "64 samples to train on, 16 held out, 2 classes" in plan
-    assert "bigkern (torch): AddLayerNorm" in plan
+    assert "bigkern (torch): MultiheadAttention, AddLayerNorm" in plan
     assert "plan: epochs 1 to 8 of 2 batches" in plan
     assert "saved to runs/reviews/checkpoint.pt" in after
 
@@ -344,7 +344,7 @@ def test_demo_shows_every_model(capsys):
         for speed in ("training_speed", "training_speed_torch", "inference_speed", "inference_speed_torch"):
             assert math.isfinite(model[speed]) and model[speed] > 0
     served = {model["model"]: model["layers"] for model in report["models"]}
-    assert served["transformer"][0] == "bigkern (torch): AddLayerNorm"
+    assert served["transformer"][0] == "bigkern (torch): MultiheadAttention, AddLayerNorm"
     assert served["cnn"][0] == "bigkern (torch): ConvBlock2d"
     assert any("GRU" in line for line in served["gru"])
 

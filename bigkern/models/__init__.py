@@ -11,7 +11,7 @@ from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
 from bigkern.models.rnn import GRUModel, LSTMModel
-from bigkern.models.transformer import PositionalEncoding, TransformerBlock, TransformerClassifier
+from bigkern.models.transformer import TransformerBlock, TransformerClassifier
 
 # The name of each model on the command line and in checkpoints.
 MODELS = {
@@ -42,7 +42,6 @@ __all__ = [
     "Layers",
     "LogSoftmaxCNN",
     "MLPNet",
-    "PositionalEncoding",
     "SelfAttentionClassifier",
     "SmallCNN",
     "TransformerBlock",

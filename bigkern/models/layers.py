@@ -78,8 +78,8 @@ class Layers:
 BIGKERN = Layers("bigkern", bigkern.nn, nn)
 TORCH = Layers("torch", nn, SimpleNamespace(AddLayerNorm=AddLayerNorm, ConvBlock2d=ConvBlock2d))
 
-# Modules that hold other modules, not layers: nobody writes a kernel for them.
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Modules that hold other modules, not layers, and a table to add: nobody writes a kernel for them.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, bigkern.nn.PositionalEncoding)
 
 
 def _origin(module: nn.Module) -> str | None:
@@ -108,7 +108,7 @@ def layer_kinds(model: nn.Module) -> dict[str, str]:
     """Each kind of layer in ``model``, in order of appearance, and the package it comes from.
 
     >>> layer_kinds(TransformerClassifier(vocabulary=100, classes=2))
-    {'Embedding': 'torch', 'Dropout': 'torch', 'MultiheadAttention': 'torch', 'AddLayerNorm': 'bigkern', ...}
+    {'Embedding': 'torch', 'Dropout': 'torch', 'MultiheadAttention': 'bigkern', 'AddLayerNorm': 'bigkern', ...}
     """
     return {kind: origin for kind, origin, _ in _layers(model)}
 

@@ -1,39 +1,13 @@
-"""The documents' Transformer classifier, and the positional encoding of the original paper."""
+"""The documents' Transformer classifier."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor, nn
 
 from bigkern.models.layers import BIGKERN, Layers
+from bigkern.nn import PositionalEncoding
 
 PADDING = 0  # the token number that fills a short text up to its batch's length
-
-
-class PositionalEncoding(nn.Module):
-    """Adds sine and cosine of the position (Vaswani et al., 2017, section 3.5: https://arxiv.org/abs/1706.03762).
-
-    PE(position, 2i) = sin(position / 10000^(2i / dim)), PE(position, 2i + 1) = cos(position / 10000^(2i / dim)).
-    (N, T, dim) -> (N, T, dim), T <= max_length.
-    """
-
-    def __init__(self, dim: int, max_length: int = 512) -> None:
-        super().__init__()
-        position = torch.arange(max_length, dtype=torch.float64).unsqueeze(1)
-        frequency = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim))
-        angle = position * frequency
-        table = torch.empty(max_length, dim)
-        table[:, 0::2] = torch.sin(angle)
-        table[:, 1::2] = torch.cos(angle[:, : dim // 2])
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        length = inputs.shape[1]
-        if length > self.table.shape[0]:
-            raise ValueError(f"inputs: {length} positions, but max_length is {self.table.shape[0]}")
-        return inputs + self.table[:length].to(inputs.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -83,8 +57,7 @@ class TransformerClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = layers.Embedding(vocabulary, dim)
-        self.position = PositionalEncoding(dim, max_length)
-        self.dropout = layers.Dropout(dropout)
+        self.position = PositionalEncoding(dim, dropout, max_length, batch_first=True)
         self.blocks = nn.ModuleList(
             TransformerBlock(dim, heads, feed_forward, dropout=dropout, layers=layers) for _ in range(blocks)
         )
@@ -97,7 +70,7 @@ class TransformerClassifier(nn.Module):
         padding[:, :1] = False
         # torch's attention cannot reshape the mask of no texts at all.
         mask = padding if tokens.numel() else None
-        hidden = self.dropout(self.position(self.embedding(tokens)))
+        hidden = self.position(self.embedding(tokens))
         for block in self.blocks:
             hidden = block(hidden, mask)
         kept = (~padding).unsqueeze(2).to(hidden.dtype)
