@@ -103,7 +103,7 @@ def test_what_a_candidate_raises_is_its_own_row():
 def test_a_wrong_candidate_is_never_timed():
     calls = Counter()
     candidates = [spoiled("wrong", 1.5, calls), spoiled("right", 1.0, calls)]
-    groups = list(measure_problem(problem(), measure.DIRECTIONS, candidates, CPU, CEILINGS, 0.0))
+    groups = list(measure_problem(problem(), ("forward", "backward"), candidates, CPU, CEILINGS, 0.0))
     assert calls["wrong"] == 1 and calls["right"] > 10
     for wrong, right in groups:
         assert (wrong.status, wrong.median_s, wrong.speedup) == ("wrong", None, {})
@@ -113,8 +113,8 @@ def test_a_wrong_candidate_is_never_timed():
 def test_rows_follow_from_the_counted_work():
     candidates = [eager_candidate(), Candidate("again", lambda case: case.reference)]
     for direction, rows in zip(
-        measure.DIRECTIONS,
-        measure_problem(problem(), measure.DIRECTIONS, candidates, CPU, CEILINGS, 0.0),
+        ("forward", "backward"),
+        measure_problem(problem(), ("forward", "backward"), candidates, CPU, CEILINGS, 0.0),
         strict=True,
     ):
         for row in rows:

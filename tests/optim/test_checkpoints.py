@@ -54,7 +54,7 @@ def one_thread():
 
 def fresh_model(device):
     torch.manual_seed(0)
-    return _ImageClassifier((1, 8, 8), 10, (8, 16), 0, 32, 1, BIGKERN).to(device)
+    return _ImageClassifier((1, 8, 8), 10, (8, 16), (True, True), 32, 1, BIGKERN).to(device)
 
 
 def train(model, optimizer, batches, device, first, last):
