@@ -191,9 +191,13 @@ __device__ __forceinline__ void accumulator_to_a(uint32_t (&a)[4], const float (
   }
 }
 
-// d += a b, 16 x 8. fp32: of a = a' + a'' and b = b' + b'', each part a tf32, all four products, the smallest first:
-// without a'' b'' gradients of short sums were up to 4 times as wrong as torch's (emulated).
-template <class T>
+// d += a b, 16 x 8. fp32: of a = a' + a'' and b = b' + b'', each part a tf32, all four products, the smallest first;
+// without a'' b'' gradients were up to 4 times as wrong as torch's (emulated).
+//
+// kApart: in a sum of their own, which is added by an instruction that rounds to nearest (Ootomo, Yokota: "Recovering
+// single precision accuracy from Tensor Cores", 2022; tensor cores truncate). Scores and gradients of weights want it,
+// since differences of them are taken; the long sums over them, and head_dim 256 forward, have no registers for it.
+template <class T, bool kApart = false>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     mma_m16n8k16_bf16(d, a, {b0, b1});
@@ -212,10 +216,16 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
       b_high[i] = to_tf32(__uint_as_float(b[i]));
       b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
     }
-    mma_m16n8k8_tf32(d, a_low, b_low);
-    mma_m16n8k8_tf32(d, a_low, b_high);
-    mma_m16n8k8_tf32(d, a_high, b_low);
-    mma_m16n8k8_tf32(d, a_high, b_high);
+    float zeros[4] = {};
+    float (&sum)[4] = kApart ? zeros : d;
+    mma_m16n8k8_tf32(sum, a_low, b_low);
+    mma_m16n8k8_tf32(sum, a_low, b_high);
+    mma_m16n8k8_tf32(sum, a_high, b_low);
+    mma_m16n8k8_tf32(sum, a_high, b_high);
+    if constexpr (kApart) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) d[i] += sum[i];
+    }
   }
 }
 
@@ -554,8 +564,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
           load_b<T, kDim>(keys, k_tile, 8 * n, k);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T>(scores[m][n], a[m], keys[0], keys[1]);
-            multiply_add<T>(scores[m][n + 1], a[m], keys[2], keys[3]);
+            multiply_add<T, kDim <= 128>(scores[m][n], a[m], keys[0], keys[1]);
+            multiply_add<T, kDim <= 128>(scores[m][n + 1], a[m], keys[2], keys[3]);
           }
         }
       }
@@ -866,8 +876,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           for (int n = 0; n < kScoreTiles; n += 2) {
             uint32_t rows[4];
             load_b<T, kDim>(rows, q_tile, 8 * n, k);
-            multiply_add<T>(weights[n], a, rows[0], rows[1]);
-            multiply_add<T>(weights[n + 1], a, rows[2], rows[3]);
+            multiply_add<T, true>(weights[n], a, rows[0], rows[1]);
+            multiply_add<T, true>(weights[n + 1], a, rows[2], rows[3]);
           }
         }
         // dP^T beside the scores: neither waits for the other.
@@ -879,8 +889,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           for (int n = 0; n < kScoreTiles; n += 2) {
             uint32_t rows[4];
             load_b<T, kDim>(rows, g_tile, 8 * n, k);
-            multiply_add<T>(grads[n], a, rows[0], rows[1]);
-            multiply_add<T>(grads[n + 1], a, rows[2], rows[3]);
+            multiply_add<T, true>(grads[n], a, rows[0], rows[1]);
+            multiply_add<T, true>(grads[n + 1], a, rows[2], rows[3]);
           }
         }
 
