@@ -468,6 +468,7 @@ struct ForwardTile {
   static constexpr int kWarpTiles = (kDim == 64 && !kWide) || (kDim == 128 && kPlain) ? 2 : 1;
   static constexpr int kRows = 4 * 16 * kWarpTiles;
   // More keys a tile with an output of 256 columns would spill.
+  static constexpr int kProductSteps = kPlain && kDim == 128 ? 2 : attention::kProductSteps<T>;  // unrolled
   static constexpr int kKeys = kDim == 256 ? 16 : kWide || (kDim == 128 && kPlain) ? 32 : 64;
   static constexpr int kElements = (kRows + 2 * kKeys) * kDim;
 };
@@ -553,7 +554,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 
     float scores[kWarpTiles][kKeyTiles][4] = {};
     if (active) {
-#pragma unroll(kProductSteps<T>)
+#pragma unroll(Tile::kProductSteps)
       for (int k = 0; k < kDim; k += kDepth<T>) {
         uint32_t a[kWarpTiles][4];
 #pragma unroll
