@@ -52,11 +52,9 @@ _COPIES = {"*": "HMMA", "sm_80": "LDGSTS", "sm_90a": "LDGSTS"}
 _FORWARD, _BACKWARD = r"^attention::attention_forward_kernel<", r"^attention::attention_backward_kernel<"
 # Threads and shared bytes of each instance. Accumulators of 16 or 32 rows by head_dim fill the registers: two blocks a
 # multiprocessor hide each other's waits.
-# fp32 at head_dim 256: the fourth product of the split costs the forward pass a few words too many.
-_SPILLS = {("float", 256): {"sm_80": 40, "sm_86": 40, "sm_89": 40, "sm_90a": 40, "sm_120a": 72}}
 static_plan = [
     *(
-        KernelPlan(rf"{kernel}{type}, {dim}, \w+>", threads, 255, False, shared, _COPIES, _SPILLS.get((type, dim), {}))
+        KernelPlan(rf"{kernel}{type}, {dim}, \w+>", threads, 255, shared_bytes=shared, requires=_COPIES)
         for kernel, type, dim, threads, shared in (
             (_FORWARD, "__\\w+", 64, 128, 32768),
             (_FORWARD, "__\\w+", 128, 128, 49152),

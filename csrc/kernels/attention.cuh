@@ -196,8 +196,9 @@ __device__ __forceinline__ void accumulator_to_a(uint32_t (&a)[4], const float (
 //
 // kApart: in a sum of their own, which is added by an instruction that rounds to nearest (Ootomo, Yokota: "Recovering
 // single precision accuracy from Tensor Cores", 2022; tensor cores truncate). Scores and gradients of weights want it,
-// since differences of them are taken; the long sums over them, and head_dim 256 forward, have no registers for it.
-template <class T, bool kApart = false>
+// since differences of them are taken; the long sums over them have no registers for it. head_dim 256 forward has none
+// for the fourth product either (kAll).
+template <class T, bool kApart = false, bool kAll = true>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     mma_m16n8k16_bf16(d, a, {b0, b1});
@@ -218,7 +219,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
     }
     float zeros[4] = {};
     float (&sum)[4] = kApart ? zeros : d;
-    mma_m16n8k8_tf32(sum, a_low, b_low);
+    if constexpr (kAll) mma_m16n8k8_tf32(sum, a_low, b_low);
     mma_m16n8k8_tf32(sum, a_low, b_high);
     mma_m16n8k8_tf32(sum, a_high, b_low);
     mma_m16n8k8_tf32(sum, a_high, b_high);
@@ -565,8 +566,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
           load_b<T, kDim>(keys, k_tile, 8 * n, k);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T, kDim <= 128>(scores[m][n], a[m], keys[0], keys[1]);
-            multiply_add<T, kDim <= 128>(scores[m][n + 1], a[m], keys[2], keys[3]);
+            multiply_add<T, kDim <= 128, kDim <= 128>(scores[m][n], a[m], keys[0], keys[1]);
+            multiply_add<T, kDim <= 128, kDim <= 128>(scores[m][n + 1], a[m], keys[2], keys[3]);
           }
         }
       }
@@ -658,8 +659,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
           load_b_trans<T, kDim>(values, v_tile, k * kDepth<T>, 8 * d);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T>(out[m][d], weights[m], values[0], values[1]);
-            multiply_add<T>(out[m][d + 1], weights[m], values[2], values[3]);
+            multiply_add<T, false, kDim <= 128>(out[m][d], weights[m], values[0], values[1]);
+            multiply_add<T, false, kDim <= 128>(out[m][d + 1], weights[m], values[2], values[3]);
           }
         }
       }
