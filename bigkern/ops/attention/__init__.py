@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bigkern import backend
+from bigkern.ops import _attention_arguments as arguments
 from bigkern.ops.attention import _cuda, _torch, _triton
 
 __all__ = ["attention", "attention_varlen"]
@@ -106,8 +107,8 @@ def attention(
         _check_causal_bias(op, attn_mask, query, key)
         attn_mask, is_causal = None, True
     _check_tensors(op, query, key, value)
-    _check_numbers(op, dropout_p, softcap, scale)
-    window_left, window_right = _window(op, window, is_causal)
+    arguments.check_numbers(op, softcap, scale, dropout_p)
+    window_left, window_right = arguments.window(op, window, is_causal)
     if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():
         raise ValueError(
             f"{op}: query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and "
@@ -127,9 +128,9 @@ def attention(
 
     leading = _leading(op, query, key, value)
     q, k, v = (_four(tensor, leading) for tensor in (query, key, value))
-    _check_shapes(op, q, k, v, enable_gqa)
+    arguments.check_shapes(op, q, k, v, enable_gqa)
     mask = _four_mask(op, attn_mask, leading, q, k)
-    slopes = _check_slopes(op, alibi_slopes, q.shape[0], q.shape[1], query.device)
+    slopes = arguments.check_slopes(op, alibi_slopes, q.shape[0], q.shape[1], query.device)
     dropout_p, philox = _dropout(op, query, dropout_p, philox, return_philox)
     options = (
         mask,
@@ -142,10 +143,10 @@ def attention(
         window_right,
         bottom_right,
         softcap or 0.0,
-        _scale(scale, q.shape[3]),
+        arguments.scale(scale, q.shape[3]),
         dropout_p,
         philox,
-        _tf32(query),
+        arguments.tf32(query),
     )
     output, lse = _dispatch(q, k, v, options, return_lse)
     shape = query.shape[:-2] if query.dim() < 4 else (*leading, q.shape[1])
@@ -205,8 +206,8 @@ def attention_varlen(
     """
     op = "attention_varlen"
     _check_tensors(op, query, key, value)
-    _check_numbers(op, dropout_p, softcap, scale)
-    window_left, window_right = _window(op, window, is_causal)
+    arguments.check_numbers(op, softcap, scale, dropout_p)
+    window_left, window_right = arguments.window(op, window, is_causal)
     if not query.dim() == key.dim() == value.dim() == 3:
         raise ValueError(
             f"{op}: query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and "
@@ -220,7 +221,7 @@ def attention_varlen(
             "same: convert with .to(dtype), or run under torch.autocast"
         )
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    _check_shapes(op, q, k, v, enable_gqa)
+    arguments.check_shapes(op, q, k, v, enable_gqa)
     _check_cu_seqlens(op, "q", cu_seqlens_q, max_seqlen_q, q)
     _check_cu_seqlens(op, "k", cu_seqlens_k, max_seqlen_k, k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -228,7 +229,7 @@ def attention_varlen(
             f"{op}: cu_seqlens_q is of {cu_seqlens_q.shape[0] - 1} sequences and cu_seqlens_k of "
             f"{cu_seqlens_k.shape[0] - 1}; they must be of the same"
         )
-    slopes = _check_slopes(op, alibi_slopes, cu_seqlens_q.shape[0] - 1, q.shape[1], query.device)
+    slopes = arguments.check_slopes(op, alibi_slopes, cu_seqlens_q.shape[0] - 1, q.shape[1], query.device)
     dropout_p, philox = _dropout(op, query, dropout_p, philox, return_philox)
     options = (
         None,
@@ -241,10 +242,10 @@ def attention_varlen(
         window_right,
         True,
         softcap or 0.0,
-        _scale(scale, q.shape[3]),
+        arguments.scale(scale, q.shape[3]),
         dropout_p,
         philox,
-        _tf32(query),
+        arguments.tf32(query),
     )
     output, lse = _dispatch(q, k, v, options, return_lse)
     found = [output.squeeze(0).transpose(0, 1)]
@@ -375,29 +376,6 @@ def _four_mask(op: str, mask: Tensor | None, leading: tuple[int, ...], query: Te
     return mask.reshape(math.prod(mask.shape[:-3]), *mask.shape[-3:])
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is not None:
-        return scale
-    return 1.0 / math.sqrt(head_dim) if head_dim > 0 else 1.0
-
-
-def _tf32(query: Tensor) -> bool:
-    return query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
-
-
-def _window(op: str, window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
-    """(left, right), -1 without a limit; causal attention sees nothing to the right."""
-    if window is None:
-        return -1, 0 if is_causal else -1
-    sides = (window, window) if isinstance(window, int) else tuple(window)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= -1 for side in sides):
-        raise ValueError(
-            f"{op}: window is {window}; it must be (left, right), numbers of keys from 0, or -1 without a limit"
-        )
-    left, right = sides
-    return left, 0 if is_causal else right
-
-
 def _dropout(
     op: str, query: Tensor, dropout_p: float, philox: Tensor | None, return_philox: bool
 ) -> tuple[float, Tensor | None]:
@@ -465,37 +443,6 @@ def _check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
             )
 
 
-def _check_numbers(op: str, dropout_p: float, softcap: float | None, scale: float | None) -> None:
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"{op}: dropout_p is {dropout_p}; it is a probability and must be in [0, 1]")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, such as 50.0, or None")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}; it must be finite, or None for 1 / sqrt(head_dim)")
-
-
-def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Of 4-D tensors."""
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"{op}: query has head_dim {query.shape[3]} and key {key.shape[3]}; they must be the same")
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(f"{op}: key is {key.shape[2]} long and value {value.shape[2]}; each key has one value")
-    if key.shape[1] != value.shape[1]:
-        raise ValueError(f"{op}: key has {key.shape[1]} heads and value {value.shape[1]}; they must have the same")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if heads == kv_heads:
-        return
-    if not enable_gqa:
-        raise ValueError(
-            f"{op}: query has {heads} heads and key {kv_heads}; they must have the same, or pass enable_gqa=True"
-        )
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(
-            f"{op}: query has {heads} heads and key {kv_heads}; with enable_gqa the query's must be a "
-            "multiple of the key's"
-        )
-
-
 def _check_mask_type(op: str, mask: Tensor | None, query: Tensor) -> None:
     if mask is None:
         return
@@ -516,23 +463,6 @@ def _check_causal_bias(op: str, bias: Tensor, query: Tensor, key: Tensor) -> Non
             f"{op}: attn_mask is a causal bias of {bias.seq_len_q} queries and {bias.seq_len_kv} keys; "
             f"there are {query.shape[-2]} and {key.shape[-2]}"
         )
-
-
-def _check_slopes(op: str, slopes: Tensor | None, batch: int, heads: int, device: torch.device) -> Tensor | None:
-    if slopes is None:
-        return None
-    if not isinstance(slopes, Tensor):
-        raise TypeError(f"{op}: alibi_slopes is a {type(slopes).__name__}; expected a torch.Tensor or None")
-    if not slopes.is_floating_point():
-        raise TypeError(f"{op}: alibi_slopes has dtype {slopes.dtype}; expected float32")
-    if slopes.shape not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"{op}: alibi_slopes has shape {tuple(slopes.shape)}; it must be (heads,) or (batch, heads), here "
-            f"{(heads,)} or {(batch, heads)}"
-        )
-    if slopes.device != device:
-        raise ValueError(f"{op}: alibi_slopes is on {slopes.device} and query on {device}; move it with .to(device)")
-    return slopes if slopes.dtype == torch.float64 else slopes.float().contiguous()
 
 
 def _check_philox(op: str, philox: Tensor, query: Tensor) -> None:
