@@ -7,11 +7,12 @@
 
 from bigkern.models.attention_classifier import AttentionClassifier, SelfAttentionClassifier
 from bigkern.models.autoencoder import Autoencoder, ConvAutoencoder
+from bigkern.models.bert import BERT, BERTForSequenceClassification
 from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
 from bigkern.models.rnn import GRUModel, LSTMModel
-from bigkern.models.transformer import TransformerBlock, TransformerClassifier
+from bigkern.models.transformer import FeatureTransformer, TransformerBlock, TransformerClassifier
 
 # The name of each model on the command line and in checkpoints.
 MODELS = {
@@ -29,13 +30,16 @@ MODELS = {
 }
 
 __all__ = [
+    "BERT",
     "BIGKERN",
     "CNN",
     "MODELS",
     "TORCH",
     "AttentionClassifier",
     "Autoencoder",
+    "BERTForSequenceClassification",
     "ConvAutoencoder",
+    "FeatureTransformer",
     "GRUModel",
     "LSTMModel",
     "LayerRun",
