@@ -9,6 +9,7 @@ from bigkern.models.attention_classifier import AttentionClassifier, SelfAttenti
 from bigkern.models.autoencoder import Autoencoder, ConvAutoencoder
 from bigkern.models.bert import BERT, BERTForSequenceClassification
 from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
+from bigkern.models.gpt import GPT
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
 from bigkern.models.rnn import GRUModel, LSTMModel
@@ -33,6 +34,7 @@ __all__ = [
     "BERT",
     "BIGKERN",
     "CNN",
+    "GPT",
     "MODELS",
     "TORCH",
     "AttentionClassifier",
