@@ -13,6 +13,7 @@ from bigkern.models.gpt import GPT
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
 from bigkern.models.rnn import GRUModel, LSTMModel
+from bigkern.models.seq2seq import Seq2SeqTransformer
 from bigkern.models.transformer import FeatureTransformer, TransformerBlock, TransformerClassifier
 
 # The name of each model on the command line and in checkpoints.
@@ -28,6 +29,10 @@ MODELS = {
     "autoencoder": Autoencoder,
     "autoencoder-conv": ConvAutoencoder,
     "mlp": MLPNet,
+    "feature-transformer": FeatureTransformer,
+    "seq2seq": Seq2SeqTransformer,
+    "bert": BERTForSequenceClassification,
+    "gpt": GPT,
 }
 
 __all__ = [
@@ -49,6 +54,7 @@ __all__ = [
     "LogSoftmaxCNN",
     "MLPNet",
     "SelfAttentionClassifier",
+    "Seq2SeqTransformer",
     "SmallCNN",
     "TransformerBlock",
     "TransformerClassifier",
