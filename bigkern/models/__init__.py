@@ -7,11 +7,14 @@
 
 from bigkern.models.attention_classifier import AttentionClassifier, SelfAttentionClassifier
 from bigkern.models.autoencoder import Autoencoder, ConvAutoencoder
+from bigkern.models.bert import BERT, BERTForSequenceClassification
 from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
+from bigkern.models.gpt import GPT
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
 from bigkern.models.rnn import GRUModel, LSTMModel
-from bigkern.models.transformer import TransformerBlock, TransformerClassifier
+from bigkern.models.seq2seq import Seq2SeqTransformer
+from bigkern.models.transformer import FeatureTransformer, TransformerBlock, TransformerClassifier
 
 # The name of each model on the command line and in checkpoints.
 MODELS = {
@@ -26,16 +29,24 @@ MODELS = {
     "autoencoder": Autoencoder,
     "autoencoder-conv": ConvAutoencoder,
     "mlp": MLPNet,
+    "feature-transformer": FeatureTransformer,
+    "seq2seq": Seq2SeqTransformer,
+    "bert": BERTForSequenceClassification,
+    "gpt": GPT,
 }
 
 __all__ = [
+    "BERT",
     "BIGKERN",
     "CNN",
+    "GPT",
     "MODELS",
     "TORCH",
     "AttentionClassifier",
     "Autoencoder",
+    "BERTForSequenceClassification",
     "ConvAutoencoder",
+    "FeatureTransformer",
     "GRUModel",
     "LSTMModel",
     "LayerRun",
@@ -43,6 +54,7 @@ __all__ = [
     "LogSoftmaxCNN",
     "MLPNet",
     "SelfAttentionClassifier",
+    "Seq2SeqTransformer",
     "SmallCNN",
     "TransformerBlock",
     "TransformerClassifier",

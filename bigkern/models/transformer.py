@@ -1,6 +1,8 @@
-"""The documents' Transformer classifier."""
+"""The documents' Transformers: the classifier of texts and the one that reads a sequence of features."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -8,6 +10,33 @@ from bigkern.models.layers import BIGKERN, Layers
 from bigkern.nn import PositionalEncoding
 
 PADDING = 0  # the token number that fills a short text up to its batch's length
+
+# Activations by the names that configurations of pretrained models use.
+_ACTIVATIONS = {
+    "relu": ("ReLU", {}),
+    "gelu": ("GELU", {}),
+    "gelu_new": ("GELU", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("GELU", {"approximate": "tanh"}),
+    "silu": ("SiLU", {}),
+    "swish": ("SiLU", {}),
+}
+
+
+def feed_forward_layers(dim: int, hidden: int, activation: str, layers: Layers) -> nn.Sequential:
+    """Dense ``hidden``, the activation of that name, dense ``dim``."""
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    layer, arguments = _ACTIVATIONS[activation]
+    return nn.Sequential(layers.Linear(dim, hidden), getattr(layers, layer)(**arguments), layers.Linear(hidden, dim))
+
+
+def hidden_positions(padding: Tensor) -> Tensor | None:
+    """``padding`` (N, T), True where there is no word, as attention's key_padding_mask.
+
+    A text without a single word still needs positions to look at: softmax over none is NaN in torch. And torch's
+    attention cannot reshape the mask of no texts at all.
+    """
+    return padding & ~padding.all(1, keepdim=True) if padding.numel() else None
 
 
 class TransformerBlock(nn.Module):
@@ -18,15 +47,23 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, feed_forward: int, *, dropout: float = 0.1, layers: Layers = BIGKERN
+        self,
+        dim: int,
+        heads: int,
+        feed_forward: int,
+        *,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        activation: str = "relu",
+        eps: float = 1e-5,
+        layers: Layers = BIGKERN,
     ) -> None:
         super().__init__()
-        self.attention = layers.MultiheadAttention(dim, heads, batch_first=True)
-        self.attention_norm = layers.AddLayerNorm(dim, dropout_p=dropout)
-        self.feed_forward = nn.Sequential(
-            layers.Linear(dim, feed_forward), layers.ReLU(), layers.Linear(feed_forward, dim)
-        )
-        self.feed_forward_norm = layers.AddLayerNorm(dim, dropout_p=dropout)
+        norm = partial(layers.AddLayerNorm, dim, eps=eps, dropout_p=dropout)
+        self.attention = layers.MultiheadAttention(dim, heads, dropout=attention_dropout, batch_first=True)
+        self.attention_norm = norm()
+        self.feed_forward = feed_forward_layers(dim, feed_forward, activation, layers)
+        self.feed_forward_norm = norm()
 
     def forward(self, inputs: Tensor, padding: Tensor | None = None) -> Tensor:
         attended, _ = self.attention(inputs, inputs, inputs, key_padding_mask=padding, need_weights=False)
@@ -75,3 +112,50 @@ class TransformerClassifier(nn.Module):
             hidden = block(hidden, mask)
         kept = (~padding).unsqueeze(2).to(hidden.dtype)
         return self.output((hidden * kept).sum(1) / kept.sum(1))
+
+
+class FeatureTransformer(nn.Module):
+    """The documents' feature Transformer: a linear embedding of features, positions, attention, a linear output.
+
+    ``n_layers`` layers of multi-head attention with dropout 0.1, each followed by dropout, the residual sum and layer
+    norm; the document names neither, and without them the second layer hardly sees the features. Its example is
+    ``FeatureTransformer(100, 20, 256, 2, 4)`` with sequences of up to 10 steps.
+
+    Raises:
+        ValueError: ``hidden_dim`` is no multiple of ``n_heads``; a call with other features, or with more steps than
+            ``max_length``.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        hidden_dim: int,
+        n_layers: int,
+        n_heads: int,
+        *,
+        dropout: float = 0.1,
+        max_length: int = 10,
+        layers: Layers = BIGKERN,
+    ) -> None:
+        super().__init__()
+        if hidden_dim % n_heads:
+            raise ValueError(f"hidden_dim: {hidden_dim} is no multiple of n_heads, {n_heads}; each head has as many")
+        self.input_dim = input_dim
+        self.embedding = layers.Linear(input_dim, hidden_dim)
+        self.position = PositionalEncoding(hidden_dim, dropout, max_length, batch_first=True)
+        self.attention = nn.ModuleList(
+            layers.MultiheadAttention(hidden_dim, n_heads, dropout=dropout, batch_first=True) for _ in range(n_layers)
+        )
+        self.norms = nn.ModuleList(layers.AddLayerNorm(hidden_dim, dropout_p=dropout) for _ in range(n_layers))
+        self.output = layers.Linear(hidden_dim, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, T, input_dim) -> (N, T, output_dim), an answer at each step that has seen all of them."""
+        if features.dim() != 3 or features.shape[2] != self.input_dim:
+            raise ValueError(f"features: expected (N, T, {self.input_dim}), got {tuple(features.shape)}")
+        hidden = self.position(self.embedding(features))
+        for attention, norm in zip(self.attention, self.norms, strict=True):
+            attended, _ = attention(hidden, hidden, hidden, need_weights=False)
+            hidden, _ = norm(attended, hidden)
+        return self.output(hidden)

@@ -15,6 +15,7 @@ model reads. The encoder is stored in checkpoints.
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 import sysconfig
@@ -33,6 +34,9 @@ from bigkern.training.errors import InputError, require
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 PACKAGES = ("asyncio", "ctypes", "email", "http", "importlib", "multiprocessing", "unittest", "xml")
 UNKNOWN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+# The target of a step that is not to be learned: what torch's cross entropy leaves out.
+IGNORED = -100
 
 _CHARACTERS = 96  # as many symbols as cover the text; rarer ones become UNKNOWN_CHARACTER
 _WORDS = 4000
@@ -167,7 +171,55 @@ class NumberEncoder:
         return outputs[:, 0].double() * self.spreads[-1] + self.means[-1]
 
 
-Encoder = ImageEncoder | CharacterEncoder | WordEncoder | NumberEncoder
+@dataclass(frozen=True)
+class PairEncoder:
+    """A text's words as numbers, and the answer's characters: what goes in, and what is to be written.
+
+    Of the words, 0 fills up and 1 stands for one outside the vocabulary; of the symbols, 0 fills up, 1 begins and 2
+    ends an answer. Both sides are filled up to ``length``.
+    """
+
+    kind: ClassVar[str] = "pairs"
+    words: list[str]
+    symbols: list[str]
+    length: int
+
+    @classmethod
+    def of(cls, texts: Sequence[str], answers: Sequence[str]) -> PairEncoder:
+        split = [split_words(text) for text in texts]
+        words = sorted({word for text in split for word in text})
+        symbols = sorted({symbol for answer in answers for symbol in answer})
+        length = max(*map(len, split), *(len(answer) + 1 for answer in answers))
+        return cls(["<padding>", "<unknown>", *words], ["<padding>", "<start>", "<end>", *symbols], length)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.symbols
+
+    def encode(self, *texts: str) -> Tensor:
+        """(len(texts), length) numbers of the words."""
+        return WordEncoder(self.words, self.length, []).encode(*texts)
+
+    def split(self, texts: Sequence[str], answers: Sequence[str]) -> Split:
+        """Inputs (N, 2, length): the text, and start and answer; targets (N, length): the answer and its end."""
+        numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+        inputs = torch.zeros(len(texts), 2, self.length, dtype=torch.int64)
+        targets = torch.full((len(texts), self.length), IGNORED)
+        inputs[:, 0] = self.encode(*texts)
+        inputs[:, 1, 0] = 1
+        for read, written, answer in zip(inputs[:, 1], targets, answers, strict=True):
+            found = torch.tensor([numbers[symbol] for symbol in answer], dtype=torch.int64)
+            read[1 : len(found) + 1] = found
+            written[: len(found)] = found
+            written[len(found)] = 2
+        return Split(inputs, targets)
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """The answer up to its end."""
+        return "".join(self.symbols[number] for number in itertools.takewhile(lambda number: number > 2, numbers))
+
+
+Encoder = ImageEncoder | CharacterEncoder | WordEncoder | NumberEncoder | PairEncoder
 
 
 def encoder_state(encoder: Encoder) -> dict[str, Any]:
@@ -176,7 +228,7 @@ def encoder_state(encoder: Encoder) -> dict[str, Any]:
 
 
 def encoder_from_state(state: dict[str, Any]) -> Encoder:
-    kinds = {cls.kind: cls for cls in (ImageEncoder, CharacterEncoder, WordEncoder, NumberEncoder)}
+    kinds = {cls.kind: cls for cls in (ImageEncoder, CharacterEncoder, WordEncoder, NumberEncoder, PairEncoder)}
     return kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
 
 
@@ -234,6 +286,13 @@ def to_itself(dataset: Dataset) -> Dataset:
     """Images whose target is the image: what an autoencoder learns from."""
     parts = [Split(part.inputs, part.inputs) for part in (dataset.train, dataset.held_out)]
     return Dataset(f"{dataset.description}, to be drawn again", *parts, dataset.encoder)
+
+
+def as_rows(split: Split) -> Split:
+    """Images (N, channels, height, width) as sequences of their rows (N, height, channels * width), each of which has
+    the image's class as its target."""
+    rows = split.inputs.transpose(1, 2).flatten(2)
+    return Split(rows, split.targets.unsqueeze(1).expand(-1, rows.shape[1]))
 
 
 def diabetes() -> Dataset:

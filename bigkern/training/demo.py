@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import nn
 
 import bigkern
 from bigkern.models import TORCH, layer_runs
+from bigkern.training import corpus, pairs
 from bigkern.training import data as sources
-from bigkern.training.data import Dataset, Split
+from bigkern.training.data import CharacterEncoder, Dataset, PairEncoder, Split
 from bigkern.training.display import console, epoch_line, measure_of, served_by, table, training_progress
 from bigkern.training.metrics import (
     evaluate,
     evaluating,
+    exact_matches,
     interleaved_seconds,
     largest_difference,
     majority_accuracy,
@@ -43,6 +46,7 @@ class Show:
     batch_size: int
     lr: float
     optimizer: str = "adam"
+    sizes: dict[str, int] = field(default_factory=dict)  # where the model's own would take too long
 
 
 SHOWS = {
@@ -127,6 +131,23 @@ SHOWS = {
         batch_size=32,
         lr=2e-3,
     ),
+    "seq2seq": Show(
+        "Encoder-decoder Transformer, 2 + 2 layers",
+        "English names of numbers below 1,000,000 in digits",
+        lambda: pairs.numbers_in_words(12_000),
+        epochs=2,
+        batch_size=32,
+        lr=2e-3,
+    ),
+    "gpt": Show(
+        "GPT, pre-norm decoder of 2 layers, 64 wide",
+        "the next character of the standard library's sources, at each of 64 steps",
+        lambda: corpus.library_windows(64, 400_000),
+        epochs=2,
+        batch_size=16,
+        lr=3e-3,
+        sizes={"dim": 64, "heads": 2, "blocks": 2},
+    ),
     "mlp": Show(
         "MLP Net, dense 10-5-1",
         "how far diabetes went on in a year, from ten measurements",
@@ -206,7 +227,7 @@ def _show(name: str, show: Show, args: argparse.Namespace, device: torch.device,
     if args.quick:
         train, held_out, epochs = _sample(train, 2 * show.batch_size), _sample(held_out, 32), 1
     torch.manual_seed(args.seed)
-    arguments = model_arguments(name, dataset)
+    arguments = {**model_arguments(name, dataset), **show.sizes}
     model = build_model(name, arguments)
     trainer = Trainer(
         model,
@@ -232,6 +253,11 @@ def _show(name: str, show: Show, args: argparse.Namespace, device: torch.device,
     twin = build_model(name, arguments, TORCH).to(device)
     twin.load_state_dict(model.state_dict())
     judged = evaluate(model, held_out, device)
+    if isinstance(dataset.encoder, PairEncoder):
+        to.print(f"whole answers right, written step by step: {exact_matches(model, held_out, device):.1%}")
+    if isinstance(dataset.encoder, CharacterEncoder) and held_out.targets.dim() == 2 and not args.quick:
+        ngrams = ", ".join(f"{order}-grams {corpus.baseline_bits(dataset, order):.2f}" for order in (1, 2, 3))
+        to.print(f"bits per character: {judged.loss / math.log(2):.2f}; counted in the same text, {ngrams}")
     training, inference = _speeds([model, twin], train, held_out, show, device, repeats=1 if args.quick else 9)
     sample, _ = held_out.batch(slice(0, 8), device)
     with evaluating(model):

@@ -7,10 +7,11 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
-from bigkern.training.data import CharacterEncoder, Encoder, NumberEncoder, Split, encoder_state
+from bigkern.training.corpus import NGRAM, baseline_bits
+from bigkern.training.data import IGNORED, CharacterEncoder, Encoder, NumberEncoder, PairEncoder, Split, encoder_state
 from bigkern.training.display import console, table
 from bigkern.training.errors import InputError
-from bigkern.training.metrics import Evaluation, are_numbers, evaluate, majority_accuracy
+from bigkern.training.metrics import Evaluation, are_numbers, evaluate, exact_matches, majority_accuracy
 from bigkern.training.tasks import DataOptions, choose_device, device_name, load_dataset, load_split
 from bigkern.training.train import load_run
 
@@ -43,18 +44,22 @@ def main(args: argparse.Namespace) -> int:
     if are_numbers(split.targets):
         to.print(_numbers_table(result, split, encoder))
         return 0
-    most_frequent = split.targets.flatten().mode().values
-    baseline = (split.targets == most_frequent).double().mean().item()
+    most_frequent = split.targets[split.targets != IGNORED].mode().values
+    baseline = majority_accuracy(split.targets, split.targets)
     rows = table("Evaluation", "what", "value", right=("value",))
     rows.add_row("accuracy", f"{result.accuracy:.2%}")
     rows.add_row(f"always {encoder.classes[most_frequent]!r}", f"{baseline:.2%}")
     rows.add_row("cross entropy", f"{result.loss:.4f}")
     if isinstance(encoder, CharacterEncoder):
         rows.add_row("bits per character", f"{result.loss / math.log(2):.3f}")
+        if not args.data and split.targets.dim() == 2:
+            rows.add_row(f"bits per character of {NGRAM}-grams", f"{baseline_bits(dataset):.3f}")
+    if isinstance(encoder, PairEncoder):
+        rows.add_row("whole answers right", f"{exact_matches(model, split, device):.2%}")
     rows.add_row("answers", f"{result.targets:,}")
     to.print(rows)
     if not isinstance(encoder, CharacterEncoder):
-        counts = split.targets.bincount(minlength=len(encoder.classes)).tolist()
+        counts = split.targets[split.targets != IGNORED].bincount(minlength=len(encoder.classes)).tolist()
         recall = table("By class", "class", "samples", "recognised", right=("samples", "recognised"))
         for label, count, share in zip(encoder.classes, counts, result.recall, strict=True):
             recall.add_row(label, f"{count:,}", f"{share:.1%}" if count else "-")

@@ -1,7 +1,8 @@
 """Loss, accuracy, what guessing would reach, and speed.
 
 Targets are class numbers, or numbers to come near to (floats; images as bytes). Of classes, accuracy is the share that
-is met; of numbers, the share of their variance that is explained: 1 - mean squared error / variance.
+is met; of numbers, the share of their variance that is explained: 1 - mean squared error / variance. Targets of
+``IGNORED`` do not count.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bigkern.training.data import Split
+from bigkern.training.data import IGNORED, Split
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -27,6 +28,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def are_numbers(targets: Tensor) -> bool:
     """Whether targets are to be come near to, rather than class numbers (int64)."""
     return targets.dtype == torch.uint8 or targets.is_floating_point()
+
+
+def counted(targets: Tensor) -> Tensor | int:
+    """How many targets there are to meet."""
+    return targets.numel() if are_numbers(targets) else (targets != IGNORED).sum()
 
 
 def training_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -104,10 +110,10 @@ def evaluate(model: nn.Module, split: Split, device: torch.device | str = "cpu",
     with evaluating(model):
         for logits, targets in outputs(model, split, device, batch_size):
             classes = logits.shape[-1]
-            loss += cross_entropy(logits, targets).double() * targets.numel()
-            right = targets[logits.argmax(-1) == targets]
-            counted = torch.stack([right.bincount(minlength=classes), targets.flatten().bincount(minlength=classes)])
-            hits, present = counted if hits is None else (hits + counted[0], present + counted[1])
+            loss += cross_entropy(logits, targets).double() * counted(targets)
+            right, all_of_them = targets[logits.argmax(-1) == targets], targets[targets != IGNORED]
+            counts = torch.stack([part.bincount(minlength=classes) for part in (right, all_of_them)])
+            hits, present = counts if hits is None else (hits + counts[0], present + counts[1])
     total = int(present.sum())
     return Evaluation(loss.item() / total, int(hits.sum()) / total, total, (hits / present).tolist())
 
@@ -117,7 +123,19 @@ def majority_accuracy(train: Tensor, held_out: Tensor) -> float:
     if are_numbers(train):
         error = (as_numbers(held_out).double() - as_numbers(train).double().mean()).square().mean()
         return 1 - error.item() / variance(held_out, len(held_out))
-    return (held_out == train.flatten().mode().values).double().mean().item()
+    most_frequent = train[train != IGNORED].mode().values
+    return (held_out[held_out != IGNORED] == most_frequent).double().mean().item()
+
+
+def exact_matches(model: nn.Module, split: Split, device: torch.device | str = "cpu", batch_size: int = 256) -> float:
+    """The share of answers that a model with ``greedy`` writes right from the first token to the last."""
+    right = 0
+    for start in range(0, len(split), batch_size):
+        inputs, targets = split.batch(slice(start, start + batch_size), device)
+        written = model.greedy(inputs[:, 0], targets.shape[1])
+        written = functional.pad(written, (0, targets.shape[1] - written.shape[1]))
+        right += int(((written == targets) | (targets == IGNORED)).all(1).sum())
+    return right / len(split)
 
 
 def largest_difference(

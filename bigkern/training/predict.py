@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bigkern.models import Autoencoder, ConvAutoencoder
+from bigkern.models import GPT, Autoencoder, ConvAutoencoder, FeatureTransformer
+from bigkern.models.gpt import KVCache
 from bigkern.training.data import (
     CharacterEncoder,
     ImageEncoder,
     NumberEncoder,
+    PairEncoder,
     WordEncoder,
     read_numbers,
     read_text,
@@ -61,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
     texts = _texts(args)
     if isinstance(encoder, WordEncoder):
         return _classify(model, encoder, texts, args, device)
+    if isinstance(encoder, PairEncoder):
+        return _answer(model, encoder, texts, device)
     return _write_on(model, encoder, texts, args, device)
 
 
@@ -73,6 +78,8 @@ def _images(model: nn.Module, encoder: ImageEncoder, args: argparse.Namespace, d
     images = 1 - images if args.invert else images
     if isinstance(model, (Autoencoder, ConvAutoencoder)):
         return _draw_again(model, images, args, device)
+    if isinstance(model, FeatureTransformer):
+        images = images.transpose(1, 2).flatten(2)
     _print_classes(model, images, list(map(str, args.files)), encoder, args.top, device)
     return 0
 
@@ -134,6 +141,21 @@ def _classify(
     return 0
 
 
+def _answer(model: nn.Module, encoder: PairEncoder, texts: dict[str, str], device: torch.device) -> int:
+    for name, text in texts.items():
+        words = split_words(text)
+        if len(words) > encoder.length:
+            print(f"{name}: {len(words)} words; the model reads the first {encoder.length}", file=sys.stderr)
+        if strangers := [word for word in words if word not in encoder.words]:
+            print(f"{name}: the model does not know {', '.join(strangers)}", file=sys.stderr)
+    written = model.greedy(encoder.encode(*texts.values()).to(device)).tolist()
+    drawn = table("Answers", "text", "answer")
+    for name, numbers in zip(texts, written, strict=True):
+        drawn.add_row(name, encoder.decode(numbers))
+    console().print(drawn)
+    return 0
+
+
 def _print_classes(
     model: nn.Module,
     inputs: Tensor,
@@ -144,7 +166,9 @@ def _print_classes(
 ) -> None:
     top = min(top, len(encoder.classes))
     with torch.inference_mode():
-        chances, classes = model(inputs.to(device)).softmax(-1).topk(top)
+        logits = model(inputs.to(device))
+        # A model that answers at each step answers last when it has seen all.
+        chances, classes = (logits[:, -1] if logits.dim() == 3 else logits).softmax(-1).topk(top)
     ranks = ["class", *(f"{rank}." for rank in range(2, top + 1))]
     drawn = table("Prediction", "input", *ranks)
     for name, row_chances, row_classes in zip(names, chances.tolist(), classes.tolist(), strict=True):
@@ -176,9 +200,10 @@ def continuation(
 ):
     """Yields ``length`` characters that follow ``text``, each drawn from softmax(logits / temperature)."""
     tokens = encoder.encode(text)[-encoder.length :]
+    read = _reader(model, device)
     for _ in range(length):
         with torch.inference_mode():
-            logits = model(tokens.unsqueeze(0).to(device))
+            logits = read(tokens)
         # A model that answers at each step answers last for the step that matters.
         # Symbol 0 stands for characters that cannot be written, so it is not in the draw.
         logits = (logits[0, -1] if logits.dim() == 3 else logits[0])[1:].float().cpu()
@@ -188,6 +213,24 @@ def continuation(
             token = 1 + torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
         yield encoder.symbols[int(token)]
         tokens = torch.cat([tokens, token])[-encoder.length :]
+
+
+def _reader(model: nn.Module, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """What gives the logits after (T,) tokens, which grow by one from call to call. GPT reads the new one alone."""
+    if not isinstance(model, GPT):
+        return lambda tokens: model(tokens.unsqueeze(0).to(device))
+    cache: KVCache | None = None
+
+    def read(tokens: Tensor) -> Tensor:
+        nonlocal cache
+        unread = tokens[-1:]
+        if cache is None or cache.used == cache.capacity:
+            # A full cache gives way to one of the text's last half: there are no more positions than it holds.
+            unread = tokens if cache is None else tokens[-(cache.capacity // 2 + 1) :]
+            cache = KVCache(model, 1, model.max_length)
+        return model.read_on(unread.unsqueeze(0).to(device), cache)
+
+    return read
 
 
 def _temperature(text: str) -> float:

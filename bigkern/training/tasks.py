@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from bigkern.models import BIGKERN, MODELS, Layers
+from bigkern.training import corpus, pairs
 from bigkern.training import data as sources
-from bigkern.training.data import Dataset, Encoder, ImageEncoder, NumberEncoder, Split, WordEncoder
+from bigkern.training.data import Dataset, Encoder, ImageEncoder, NumberEncoder, PairEncoder, Split, WordEncoder
 from bigkern.training.errors import InputError
 
 MNIST_FOLDER = Path.home() / ".cache" / "bigkern"
@@ -42,12 +43,19 @@ DEFAULTS = {
     "autoencoder": Defaults("draws images again from 16 numbers", "digits", 20, 32, 2e-3),
     "autoencoder-conv": Defaults("draws images again from 16 numbers", "digits", 20, 32, 2e-3),
     "mlp": Defaults("predicts a number from numbers", "diabetes", 100, 16, 1e-3),
+    "feature-transformer": Defaults("classifies images, row by row", "digits", 15, 32, 1e-3),
+    "seq2seq": Defaults("writes an answer to a text: numbers in words in digits", "numbers", 5, 32, 2e-3),
+    "bert": Defaults("classifies texts", "text", 3, 32, 1e-3),
+    "gpt": Defaults("predicts the next character at each step", "text", 2, 32, 2e-3),
 }
 
 
 AUTOENCODERS = ("autoencoder", "autoencoder-conv")
-_IMAGE_MODELS = ("cnn", "cnn-small", "cnn-log-softmax", *AUTOENCODERS)
-_TEXT_CLASSIFIERS = ("transformer", "attention-classifier", "self-attention-classifier")
+_IMAGE_MODELS = ("cnn", "cnn-small", "cnn-log-softmax", "feature-transformer", *AUTOENCODERS)
+_TEXT_CLASSIFIERS = ("transformer", "attention-classifier", "self-attention-classifier", "bert")
+_EVERY_STEP = ("gru", "gpt")
+# Pretrained BERTs bring their own sizes; one that learns from nothing but these texts is small.
+_SMALL_BERT = {"dim": 64, "heads": 4, "blocks": 2, "feed_forward": 256}
 
 
 @dataclass(frozen=True)
@@ -73,15 +81,26 @@ def load_dataset(
         raise _wrong_data(model, name, path, "diabetes, or a CSV file of numbers with a label column")
     if model in _IMAGE_MODELS:
         dataset = _images(model, name, path, options, on_image)
+        if model == "feature-transformer":
+            splits = map(sources.as_rows, (dataset.train, dataset.held_out))
+            return Dataset(f"{dataset.description}, row by row", *splits, dataset.encoder)
         return sources.to_itself(dataset) if model in AUTOENCODERS else dataset
+    if model == "seq2seq":
+        if name == "numbers":
+            return pairs.numbers_in_words()
+        if path.is_file():
+            return pairs.answered_texts(path, options.text_column, options.label_column)
+        raise _wrong_data(model, name, path, "numbers, or a CSV file with a text and a label column")
     if model in _TEXT_CLASSIFIERS:
         if name == "text":
             return sources.package_sources()
         if path.is_file():
             return sources.labelled_texts(path, options.text_column, options.label_column)
         raise _wrong_data(model, name, path, "text, or a CSV file with a text and a label column")
-    every_step = model == "gru"
+    every_step = model in _EVERY_STEP
     length = 64 if every_step else 16
+    if name == "text" and model == "gpt":
+        return corpus.library_windows(length)
     if name == "text":
         return sources.language_reference(length, every_step=every_step)
     if path.is_file():
@@ -116,15 +135,25 @@ def model_arguments(model: str, dataset: Dataset) -> dict[str, Any]:
     if isinstance(encoder, ImageEncoder):
         if model in AUTOENCODERS:
             return {"input_shape": encoder.shape}
+        if model == "feature-transformer":
+            channels, height, width = encoder.shape
+            sizes = {"hidden_dim": 256, "n_layers": 2, "n_heads": 4}  # the document's example
+            return {"input_dim": channels * width, "output_dim": classes, "max_length": height, **sizes}
         arguments: dict[str, Any] = {"input_shape": encoder.shape, "classes": classes}
         if model == "cnn":
             # Unpadded, three convolutions and two poolings use up 17 pixels; smaller images need the padding.
             arguments["padding"] = 0 if min(encoder.shape[1:]) >= 18 else 1
         return arguments
     if isinstance(encoder, WordEncoder):
-        return {"vocabulary": len(encoder.words), "classes": classes}
+        sizes = {**_SMALL_BERT, "max_length": encoder.length} if model == "bert" else {}
+        return {"vocabulary": len(encoder.words), "classes": classes, **sizes}
+    if isinstance(encoder, PairEncoder):
+        sizes = {"source_vocabulary": len(encoder.words), "target_vocabulary": len(encoder.symbols)}
+        return {**sizes, "max_length": encoder.length}
     if isinstance(encoder, NumberEncoder):
         return {"features": len(encoder.columns)}
+    if model == "gpt":
+        return {"vocabulary": classes, "max_length": encoder.length}
     return {"vocabulary": classes} if model == "lstm" else {"vocabulary": classes, "classes": classes}
 
 
@@ -141,7 +170,8 @@ def load_split(model: str, encoder: Encoder, path: Path, options: DataOptions) -
         if not path.is_dir():
             raise InputError(f"{path}: expected a folder with one subfolder of images per class")
         images, labels = sources.read_image_folder(path, encoder)
-        return Split(images, images if model in AUTOENCODERS else labels)
+        split = Split(images, images if model in AUTOENCODERS else labels)
+        return sources.as_rows(split) if model == "feature-transformer" else split
     if isinstance(encoder, NumberEncoder):
         _, rows = sources.read_numbers(path, target=encoder.target, columns=encoder.columns)
         encoded = encoder.encode(rows)
@@ -154,10 +184,12 @@ def load_split(model: str, encoder: Encoder, path: Path, options: DataOptions) -
                 f"{path}: label {strangers[0]!r} is not one that the model knows ({', '.join(encoder.classes)})"
             )
         return Split(encoder.encode(*texts), torch.tensor([encoder.classes.index(label) for label in labels]))
+    if isinstance(encoder, PairEncoder):
+        return pairs.read_split(path, encoder, options.text_column, options.label_column)
     text = sources.read_text(path)
     if len(text) <= encoder.length:
         raise InputError(f"{path}: {len(text)} characters are too few; the model reads {encoder.length} at a time")
-    return sources.character_windows(encoder.encode(text), encoder.length, encoder.length, model == "gru")
+    return sources.character_windows(encoder.encode(text), encoder.length, encoder.length, model in _EVERY_STEP)
 
 
 def choose_device(name: str | None) -> torch.device:

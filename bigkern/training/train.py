@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", choices=tuple(DEFAULTS))
     parser.add_argument(
         "--data",
-        help="digits, mnist, text, diabetes, or a path: image folder, CSV file, text file (default: by model)",
+        help="digits, mnist, text, numbers, diabetes, or a path: image folder, CSV file, text file (default: by model)",
     )
     parser.add_argument("--epochs", type=positive_int)
     parser.add_argument("--batch-size", type=positive_int)

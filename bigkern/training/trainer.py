@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigkern import optim
 from bigkern.training.data import Split
-from bigkern.training.metrics import Evaluation, correct, evaluate, training_loss, variance
+from bigkern.training.metrics import Evaluation, correct, counted, evaluate, training_loss, variance
 
 OPTIMIZERS = ("adam", "sgd")
 MOMENTUM = 0.9
@@ -72,7 +72,7 @@ class Trainer:
     @property
     def running(self) -> tuple[float, float]:
         """(mean loss, accuracy) of the epoch so far. On a GPU reading it waits for the GPU."""
-        targets = max(self._targets, 1)
+        targets = max(self._targets.item(), 1)
         return self._loss.item() / targets, self._correct.item() / targets
 
     def fit(
@@ -109,9 +109,10 @@ class Trainer:
                 break
             inputs, targets = self.train.batch(indices, self.device)
             outputs, loss = training_step(self.model, self.optimizer, inputs, targets)
-            self._loss += loss.detach().double() * targets.numel()
+            count = counted(targets)
+            self._loss += loss.detach().double() * count
             self._correct += correct(outputs.detach(), targets, self._variance)
-            self._targets += targets.numel()
+            self._targets += count
             self._samples += len(indices)
             self.step += 1
             if on_step:
@@ -135,7 +136,7 @@ class Trainer:
         # Kept on the device, in float64: a step does not wait for the GPU, and the sums do not drift.
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._correct = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._targets = 0
+        self._targets = torch.zeros((), dtype=torch.int64, device=self.device)
         self._samples = 0
         self._seconds = 0.0
 
@@ -148,7 +149,7 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": [self._loss.item(), self._correct.item(), self._targets, self._samples, self._seconds],
+            "sums": [self._loss.item(), self._correct.item(), self._targets.item(), self._samples, self._seconds],
             "history": [tuple(record) for record in self.history],
         }
 
@@ -158,9 +159,10 @@ class Trainer:
         self.history = [Epoch(*record) for record in state["history"]]
         self._start_epoch()
         self.epoch, self.step = state["epoch"], state["step"]
-        loss, hits, self._targets, self._samples, self._seconds = state["sums"]
+        loss, hits, targets, self._samples, self._seconds = state["sums"]
         self._loss.fill_(loss)
         self._correct.fill_(hits)
+        self._targets.fill_(targets)
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)

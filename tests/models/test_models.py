@@ -9,16 +9,20 @@ from torch import nn
 import bigkern
 from bigkern.models import (
     CNN,
+    GPT,
     MODELS,
     TORCH,
     AttentionClassifier,
     Autoencoder,
+    BERTForSequenceClassification,
     ConvAutoencoder,
+    FeatureTransformer,
     GRUModel,
     LogSoftmaxCNN,
     LSTMModel,
     MLPNet,
     SelfAttentionClassifier,
+    Seq2SeqTransformer,
     SmallCNN,
     TransformerClassifier,
     layer_kinds,
@@ -35,6 +39,11 @@ def tokens(*shape, below=11):
     return torch.randint(1, below, shape)
 
 
+# Without dropout, so that so few steps suffice.
+SMALL_BERT = {"dim": 16, "heads": 2, "blocks": 1, "feed_forward": 32, "dropout": 0.0, "attention_dropout": 0.0}
+FEATURES = {"input_dim": 5, "output_dim": 3, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.0}
+PAIRS = {"source_vocabulary": 11, "target_vocabulary": 7, "dim": 16, "feed_forward": 32}
+
 # model, arguments, inputs, shape of the logits
 CASES = {
     "cnn": (CNN, {"input_shape": (3, 21, 19), "classes": 5}, images(4, 3, 21, 19), (4, 5)),
@@ -48,6 +57,10 @@ CASES = {
     "autoencoder": (Autoencoder, {"input_shape": (2, 5, 6)}, images(4, 2, 5, 6), (4, 2, 5, 6)),
     "autoencoder-conv": (ConvAutoencoder, {"input_shape": (2, 9, 6)}, images(4, 2, 9, 6), (4, 2, 9, 6)),
     "mlp": (MLPNet, {}, torch.randn(4, 10), (4, 1)),
+    "feature-transformer": (FeatureTransformer, FEATURES, torch.randn(4, 9, 5), (4, 9, 3)),
+    "seq2seq": (Seq2SeqTransformer, PAIRS, tokens(4, 2, 9, below=7), (4, 9, 7)),
+    "bert": (BERTForSequenceClassification, {"vocabulary": 11, "classes": 3, **SMALL_BERT}, tokens(4, 9), (4, 3)),
+    "gpt": (GPT, {"vocabulary": 11, "dim": 16, "heads": 2, "blocks": 2}, tokens(4, 9), (4, 9, 11)),
 }
 every_model = pytest.mark.parametrize("name", CASES)
 # What they learn: numbers, not classes.
@@ -98,7 +111,9 @@ def test_overfits_a_small_batch(name):
     if name in NUMBERS:
         targets = torch.randn(shape) if name == "mlp" else inputs
     elif len(shape) == 3:
-        targets = inputs % shape[-1]
+        # Of its own position, the token or, where inputs are no tokens, a number made up for it.
+        steps = inputs if inputs.shape == shape[:2] else torch.arange(shape[0] * shape[1]).view(shape[:2])
+        targets = steps % shape[-1]
     else:
         targets = torch.arange(shape[0]) % shape[-1]
     trained = model(**arguments)
