@@ -10,7 +10,7 @@ from bigkern.models.autoencoder import Autoencoder, ConvAutoencoder
 from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
-from bigkern.models.rnn import GRUModel, LSTMModel
+from bigkern.models.rnn import GRUModel, LSTMModel, RNNModel
 from bigkern.models.transformer import TransformerBlock, TransformerClassifier
 
 # The name of each model on the command line and in checkpoints.
@@ -19,6 +19,8 @@ MODELS = {
     "cnn-small": SmallCNN,
     "cnn-log-softmax": LogSoftmaxCNN,
     "gru": GRUModel,
+    "gru-tagger": GRUModel,
+    "rnn": RNNModel,
     "lstm": LSTMModel,
     "transformer": TransformerClassifier,
     "attention-classifier": AttentionClassifier,
@@ -42,6 +44,7 @@ __all__ = [
     "Layers",
     "LogSoftmaxCNN",
     "MLPNet",
+    "RNNModel",
     "SelfAttentionClassifier",
     "SmallCNN",
     "TransformerBlock",

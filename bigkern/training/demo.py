@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,19 +18,36 @@ from torch import nn
 import bigkern
 from bigkern.models import TORCH, layer_runs
 from bigkern.training import data as sources
+from bigkern.training.corpus import ngram_bits
 from bigkern.training.data import Dataset, Split
 from bigkern.training.display import console, epoch_line, measure_of, served_by, table, training_progress
 from bigkern.training.metrics import (
+    Evaluation,
     evaluate,
     evaluating,
     interleaved_seconds,
     largest_difference,
     majority_accuracy,
 )
+from bigkern.training.tagging import library_tags, most_frequent_tags
 from bigkern.training.tasks import build_model, choose_device, device_name, model_arguments
 from bigkern.training.trainer import Epoch, Trainer, make_optimizer, training_step
 
 _INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a model without memory reaches on the held-out data: a perplexity or an accuracy, and whose."""
+
+    figure: str
+    rival: str
+    reach: Callable[[Dataset], float]
+
+    def beside(self, judged: Evaluation, reached: float) -> str:
+        if self.figure == "perplexity":
+            return f"Held-out perplexity {math.exp(judged.loss):.2f}; {self.rival}: {reached:.2f}."
+        return f"Held-out accuracy {judged.accuracy:.1%}; {self.rival}: {reached:.1%}."
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,20 @@ class Show:
     batch_size: int
     lr: float
     optimizer: str = "adam"
+    baseline: Baseline | None = None
 
+
+def _perplexity_of_pairs(dataset: Dataset) -> float:
+    text = sources.language_reference(64, every_step=True)  # without the windows' overlap
+    return 2 ** ngram_bits(text.train.inputs, text.held_out.inputs, len(dataset.classes), 2)
+
+
+_PAIRS = Baseline("perplexity", "counting which character follows which", _perplexity_of_pairs)
+_SINGLE = Baseline(
+    "accuracy",
+    "each character's most frequent tag",
+    lambda dataset: most_frequent_tags(dataset.train, dataset.held_out),
+)
 
 SHOWS = {
     "cnn": Show(
@@ -78,6 +109,25 @@ SHOWS = {
         epochs=3,
         batch_size=64,
         lr=4e-3,
+        baseline=_PAIRS,
+    ),
+    "gru-tagger": Show(
+        "GRU 128, a tag at each step",
+        "what each character of Python source is part of: name, keyword, number, string, comment, operator",
+        lambda: library_tags(64),
+        epochs=2,
+        batch_size=32,
+        lr=4e-3,
+        baseline=_SINGLE,
+    ),
+    "rnn": Show(
+        "Plain RNN 128, rows of an image",
+        "which digit an 8x8 scan shows, read row by row; by SGD with momentum",
+        lambda: sources.digits(8),
+        epochs=20,
+        batch_size=32,
+        lr=2e-2,
+        optimizer="sgd",
     ),
     "lstm": Show(
         "Stacked LSTM 128-128",
@@ -86,6 +136,7 @@ SHOWS = {
         epochs=1,
         batch_size=64,
         lr=4e-3,
+        baseline=_PAIRS,
     ),
     "transformer": Show(
         "Transformer, 8 heads, feed-forward 512",
@@ -153,6 +204,8 @@ class Result:
     accuracy: float
     accuracy_torch: float
     majority_accuracy: float
+    loss: float
+    baseline: float | None
     largest_difference: float
     training_speed: float
     training_speed_torch: float
@@ -232,6 +285,9 @@ def _show(name: str, show: Show, args: argparse.Namespace, device: torch.device,
     twin = build_model(name, arguments, TORCH).to(device)
     twin.load_state_dict(model.state_dict())
     judged = evaluate(model, held_out, device)
+    baseline = show.baseline.reach(dataset) if show.baseline else None
+    if show.baseline:
+        to.print(show.baseline.beside(judged, baseline))
     training, inference = _speeds([model, twin], train, held_out, show, device, repeats=1 if args.quick else 9)
     sample, _ = held_out.batch(slice(0, 8), device)
     with evaluating(model):
@@ -248,6 +304,8 @@ def _show(name: str, show: Show, args: argparse.Namespace, device: torch.device,
         accuracy=judged.accuracy,
         accuracy_torch=evaluate(twin, held_out, device).accuracy,
         majority_accuracy=majority_accuracy(train.targets, held_out.targets),
+        loss=judged.loss,
+        baseline=baseline,
         largest_difference=largest_difference(model, twin, held_out, device),
         training_speed=training[0],
         training_speed_torch=training[1],
