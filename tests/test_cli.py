@@ -358,6 +358,10 @@ def test_demo_learns(capsys):
     assert models["cnn"]["accuracy"] >= 0.97
     assert models["cnn-small"]["accuracy"] >= 0.97
     assert models["cnn-log-softmax"]["accuracy"] >= 0.95
+    assert models["rnn"]["accuracy"] >= 0.93
+    # Below these no model without memory comes.
+    assert models["gru-tagger"]["accuracy"] >= 0.83 > 0.7 > models["gru-tagger"]["baseline"]
+    assert all(math.exp(models[name]["loss"]) < 0.85 * models[name]["baseline"] for name in ("gru", "lstm"))
     assert models["autoencoder"]["accuracy"] >= 0.85 and models["autoencoder-conv"]["accuracy"] >= 0.8
     assert models["mlp"]["accuracy"] >= 0.35
     for name in ("gru", "lstm", "transformer", "attention-classifier", "self-attention-classifier"):

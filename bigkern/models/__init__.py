@@ -12,7 +12,7 @@ from bigkern.models.cnn import CNN, LogSoftmaxCNN, SmallCNN
 from bigkern.models.gpt import GPT
 from bigkern.models.layers import BIGKERN, TORCH, LayerRun, Layers, layer_kinds, layer_runs
 from bigkern.models.mlp import MLPNet
-from bigkern.models.rnn import GRUModel, LSTMModel
+from bigkern.models.rnn import GRUModel, LSTMModel, RNNModel
 from bigkern.models.seq2seq import Seq2SeqTransformer
 from bigkern.models.transformer import FeatureTransformer, TransformerBlock, TransformerClassifier
 
@@ -22,6 +22,8 @@ MODELS = {
     "cnn-small": SmallCNN,
     "cnn-log-softmax": LogSoftmaxCNN,
     "gru": GRUModel,
+    "gru-tagger": GRUModel,
+    "rnn": RNNModel,
     "lstm": LSTMModel,
     "transformer": TransformerClassifier,
     "attention-classifier": AttentionClassifier,
@@ -53,6 +55,7 @@ __all__ = [
     "Layers",
     "LogSoftmaxCNN",
     "MLPNet",
+    "RNNModel",
     "SelfAttentionClassifier",
     "Seq2SeqTransformer",
     "SmallCNN",

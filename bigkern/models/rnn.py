@@ -1,4 +1,4 @@
-"""The documents' recurrent models: a GRU that answers at each step and a stacked LSTM that answers at the end."""
+"""The documents' recurrent models: the plain RNN, a GRU that answers at each step, a stacked LSTM that answers last."""
 
 from __future__ import annotations
 
@@ -78,6 +78,30 @@ class GRUModel(nn.Module):
 
 def _mask(like: Tensor, width: int, p: float) -> Tensor:
     return functional.dropout(like.new_ones(like.shape[0], width), p)
+
+
+class RNNModel(nn.Module):
+    """The documents' plain RNN: ``h' = tanh(W_x x + b + W_h h + b')``, a dense layer of ``classes`` on every state.
+
+    It reads (T, features), or an image (channels, height, width) row by row, from the top.
+    """
+
+    def __init__(
+        self, features: int, classes: int, *, units: int = 128, every_step: bool = False, layers: Layers = BIGKERN
+    ) -> None:
+        super().__init__()
+        self.every_step = every_step
+        self.rnn = layers.RNN(features, units, batch_first=True)
+        self.output = layers.Linear(units, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, T, features), or images (N, channels, T, width) of channels * width features a row -> (N, classes) logits
+        of the last step; (N, T, classes) of all with ``every_step``.
+        """
+        if inputs.dim() == 4:
+            inputs = inputs.transpose(1, 2).flatten(2)
+        states, _ = self.rnn(inputs)
+        return self.output(states if self.every_step else states[:, -1])
 
 
 class LSTMModel(nn.Module):

@@ -23,11 +23,55 @@ _States = tuple[Tensor, ...]
 class _Recurrent(torch.nn.RNNBase):
     """What the three layers share: states, packed and unbatched input, and the call of the functional op."""
 
-    def __init__(self, mode: str, *args: Any, recurrent_dropout: float = 0.0, **kwargs: Any):
-        if not 0 <= recurrent_dropout <= 1:
-            raise ValueError(f"recurrent_dropout should be a probability in [0, 1], got {recurrent_dropout}")
+    _norm_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        cell_zoneout: float = 0.0,
+        layer_norm: bool = False,
+        **kwargs: Any,
+    ):
+        chances = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout, "cell_zoneout": cell_zoneout}
+        for name, value in chances.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} should be a probability in [0, 1], got {value}")
+        if not isinstance(layer_norm, bool):
+            raise TypeError(f"layer_norm should be of type bool, got: {type(layer_norm).__name__}")
         super().__init__(mode, *args, **kwargs)
-        self.recurrent_dropout = recurrent_dropout
+        if self.proj_size and (recurrent_dropout or zoneout or cell_zoneout or layer_norm):
+            raise ValueError(
+                "proj_size goes with none of recurrent_dropout, zoneout, cell_zoneout and layer_norm: use proj_size=0"
+            )
+        self.recurrent_dropout, self.zoneout, self.cell_zoneout = recurrent_dropout, zoneout, cell_zoneout
+        if layer_norm:
+            self._add_norms()
+
+    def _add_norms(self) -> None:
+        """The layer norms' factors and, of c's, biases, beside torch's parameters of each layer and direction."""
+        rows = self.weight_hh_l0.shape[0]
+        sizes = {"weight_ln_ih": rows, "weight_ln_hh": rows}
+        if self.mode == "LSTM":
+            sizes |= {"weight_ln_c": self.hidden_size, "bias_ln_c": self.hidden_size}
+        found = []
+        for layer in range(self.num_layers):
+            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]:
+                for name, size in sizes.items():
+                    found.append(f"{name}_l{layer}{suffix}")
+                    self.register_parameter(found[-1], torch.nn.Parameter(self.weight_hh_l0.new_empty(size)))
+        self._norm_names = tuple(found)
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        for name in self._norm_names:
+            torch.nn.init.constant_(getattr(self, name), float(name.startswith("weight")))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_norms()
 
     def flatten_parameters(self) -> None:
         """Nothing: parameters stay tensors of their own, and no buffer behind them is copied, shared or pickled."""
@@ -73,6 +117,8 @@ class _Recurrent(torch.nn.RNNBase):
             self.batch_first and batch_sizes is None,
             batch_sizes,
             self.recurrent_dropout,
+            (self.zoneout, self.cell_zoneout)[: len(states)],
+            [getattr(self, name) for name in self._norm_names] or None,
             checked=True,
         )
         if batch_sizes is not None:
@@ -85,15 +131,17 @@ class _Recurrent(torch.nn.RNNBase):
         return type(self).__name__
 
     def extra_repr(self) -> str:
-        added = f", recurrent_dropout={self.recurrent_dropout}" if self.recurrent_dropout else ""
-        return super().extra_repr() + added
+        names = [name for name in ("recurrent_dropout", "zoneout", "cell_zoneout") if getattr(self, name)]
+        added = [f"{name}={getattr(self, name)}" for name in names] + ["layer_norm=True"] * bool(self._norm_names)
+        return ", ".join([super().extra_repr(), *added])
 
 
 class RNN(_Recurrent):
     """torch.nn.RNN on bigkern's kernels: same constructor, parameters, initial values, keys and repr.
 
     Args:
-        recurrent_dropout: keyword only; see :func:`bigkern.ops.rnn`, as for dtypes and errors.
+        recurrent_dropout, zoneout: keyword only; see :func:`bigkern.ops.rnn`, as for dtypes and errors.
+        layer_norm: keyword only; adds the factors of its normalised products as parameters, ``weight_ln_ih_l0``, ...
     """
 
     def __init__(
@@ -110,6 +158,8 @@ class RNN(_Recurrent):
         dtype: torch.dtype | None = None,
         *,
         recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
     ):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -125,6 +175,8 @@ class RNN(_Recurrent):
             device=device,
             dtype=dtype,
             recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
         )
         self.nonlinearity = nonlinearity
 
@@ -138,11 +190,13 @@ class LSTM(_Recurrent):
 
     Args:
         proj_size: torch's projected LSTM; the torch backend alone serves it.
-        recurrent_dropout: keyword only; see :func:`bigkern.ops.lstm`, as for dtypes and errors.
+        recurrent_dropout, zoneout, cell_zoneout: keyword only; see :func:`bigkern.ops.lstm`, as for dtypes and errors.
+        layer_norm: keyword only; adds the parameters of its norms, ``weight_ln_ih_l0``, ``weight_ln_hh_l0``,
+            ``weight_ln_c_l0``, ``bias_ln_c_l0``, ...
     """
 
-    def __init__(self, *args: Any, recurrent_dropout: float = 0.0, **kwargs: Any):
-        super().__init__("LSTM", *args, recurrent_dropout=recurrent_dropout, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__("LSTM", *args, **kwargs)
 
     def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None):
         return self._run(input, None if hx is None else tuple(hx))
@@ -152,13 +206,15 @@ class GRU(_Recurrent):
     """torch.nn.GRU on bigkern's kernels: same constructor, parameters, initial values, keys and repr.
 
     Args:
-        recurrent_dropout: keyword only; see :func:`bigkern.ops.gru`, as for dtypes and errors.
+        recurrent_dropout, zoneout: keyword only; see :func:`bigkern.ops.gru`, as for dtypes and errors.
+        layer_norm: keyword only; adds the factors of its normalised products as parameters, ``weight_ln_ih_l0``, ...
     """
 
-    def __init__(self, *args: Any, recurrent_dropout: float = 0.0, **kwargs: Any):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, recurrent_dropout=recurrent_dropout, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any):
+        for name, place in (("proj_size", "LSTM, not RNN or GRU"), ("cell_zoneout", "LSTM, which has a cell state")):
+            if name in kwargs:
+                raise ValueError(f"{name} argument is only supported for {place}")
+        super().__init__("GRU", *args, **kwargs)
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
         output, last = self._run(input, None if hx is None else (hx,))

@@ -4,6 +4,7 @@
 * ``text``: the text of the Python installation itself. For the recurrent models, the language reference in
   ``pydoc_data.topics`` (465 kB of English), read character by character; whole topics are held out. For the classifier,
   passages of source code of eight standard packages, to be told apart; whole files are held out.
+* ``source``: the standard library's source, each character to be tagged as part of a name, a string, ... (tagging.py).
 * ``diabetes``: scikit-learn's ten measurements of 442 patients, and a number to predict from them.
 * ``mnist`` through torchvision, a folder of images, a CSV file with a text and a label column, or one of numbers, a
   text file.
@@ -114,6 +115,19 @@ class CharacterEncoder:
 
 
 @dataclass(frozen=True)
+class TagEncoder:
+    """A text as the numbers of its characters (CharacterEncoder's), each of which is of one of the ``classes``."""
+
+    kind: ClassVar[str] = "tags"
+    symbols: list[str]
+    length: int
+    classes: list[str]
+
+    def encode(self, text: str) -> Tensor:
+        return CharacterEncoder(self.symbols, self.length).encode(text)
+
+
+@dataclass(frozen=True)
 class WordEncoder:
     """The first ``length`` words of a text as numbers: 0 fills up, 1 stands for a word outside the vocabulary."""
 
@@ -219,7 +233,7 @@ class PairEncoder:
         return "".join(self.symbols[number] for number in itertools.takewhile(lambda number: number > 2, numbers))
 
 
-Encoder = ImageEncoder | CharacterEncoder | WordEncoder | NumberEncoder | PairEncoder
+Encoder = ImageEncoder | CharacterEncoder | TagEncoder | WordEncoder | NumberEncoder | PairEncoder
 
 
 def encoder_state(encoder: Encoder) -> dict[str, Any]:
@@ -228,7 +242,9 @@ def encoder_state(encoder: Encoder) -> dict[str, Any]:
 
 
 def encoder_from_state(state: dict[str, Any]) -> Encoder:
-    kinds = {cls.kind: cls for cls in (ImageEncoder, CharacterEncoder, WordEncoder, NumberEncoder, PairEncoder)}
+    kinds = {
+        cls.kind: cls for cls in (ImageEncoder, CharacterEncoder, TagEncoder, WordEncoder, NumberEncoder, PairEncoder)
+    }
     return kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
 
 

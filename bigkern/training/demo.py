@@ -19,9 +19,10 @@ import bigkern
 from bigkern.models import TORCH, layer_runs
 from bigkern.training import corpus, pairs
 from bigkern.training import data as sources
-from bigkern.training.data import CharacterEncoder, Dataset, PairEncoder, Split
+from bigkern.training.data import Dataset, PairEncoder, Split
 from bigkern.training.display import console, epoch_line, measure_of, served_by, table, training_progress
 from bigkern.training.metrics import (
+    Evaluation,
     evaluate,
     evaluating,
     exact_matches,
@@ -29,10 +30,25 @@ from bigkern.training.metrics import (
     largest_difference,
     majority_accuracy,
 )
+from bigkern.training.tagging import library_tags, most_frequent_tags
 from bigkern.training.tasks import build_model, choose_device, device_name, model_arguments
 from bigkern.training.trainer import Epoch, Trainer, make_optimizer, training_step
 
 _INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a model without memory reaches on the held-out data: a perplexity or an accuracy, and whose."""
+
+    figure: str
+    rival: str
+    reach: Callable[[Dataset], float]
+
+    def beside(self, judged: Evaluation, reached: float) -> str:
+        if self.figure == "perplexity":
+            return f"Held-out perplexity {math.exp(judged.loss):.2f}; {self.rival}: {reached:.2f}."
+        return f"Held-out accuracy {judged.accuracy:.1%}; {self.rival}: {reached:.1%}."
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,25 @@ class Show:
     lr: float
     optimizer: str = "adam"
     sizes: dict[str, int] = field(default_factory=dict)  # where the model's own would take too long
+    baseline: Baseline | None = None
 
+
+def _perplexity_of_pairs(dataset: Dataset) -> float:
+    text = sources.language_reference(64, every_step=True)  # without the windows' overlap
+    return 2 ** corpus.ngram_bits(text.train.inputs, text.held_out.inputs, len(dataset.classes), 2)
+
+
+_PAIRS = Baseline("perplexity", "counting which character follows which", _perplexity_of_pairs)
+_TRIPLES = Baseline(
+    "perplexity",
+    "counting which character follows which two",
+    lambda dataset: 2 ** corpus.baseline_bits(dataset, 3),
+)
+_SINGLE = Baseline(
+    "accuracy",
+    "each character's most frequent tag",
+    lambda dataset: most_frequent_tags(dataset.train, dataset.held_out),
+)
 
 SHOWS = {
     "cnn": Show(
@@ -82,6 +116,25 @@ SHOWS = {
         epochs=3,
         batch_size=64,
         lr=4e-3,
+        baseline=_PAIRS,
+    ),
+    "gru-tagger": Show(
+        "GRU 128, a tag at each step",
+        "what each character of Python source is part of: name, keyword, number, string, comment, operator",
+        lambda: library_tags(64),
+        epochs=2,
+        batch_size=32,
+        lr=4e-3,
+        baseline=_SINGLE,
+    ),
+    "rnn": Show(
+        "Plain RNN 128, rows of an image",
+        "which digit an 8x8 scan shows, read row by row; by SGD with momentum",
+        lambda: sources.digits(8),
+        epochs=20,
+        batch_size=32,
+        lr=2e-2,
+        optimizer="sgd",
     ),
     "lstm": Show(
         "Stacked LSTM 128-128",
@@ -90,6 +143,7 @@ SHOWS = {
         epochs=1,
         batch_size=64,
         lr=4e-3,
+        baseline=_PAIRS,
     ),
     "transformer": Show(
         "Transformer, 8 heads, feed-forward 512",
@@ -147,6 +201,7 @@ SHOWS = {
         batch_size=16,
         lr=3e-3,
         sizes={"dim": 64, "heads": 2, "blocks": 2},
+        baseline=_TRIPLES,
     ),
     "mlp": Show(
         "MLP Net, dense 10-5-1",
@@ -174,6 +229,8 @@ class Result:
     accuracy: float
     accuracy_torch: float
     majority_accuracy: float
+    loss: float
+    baseline: float | None
     largest_difference: float
     training_speed: float
     training_speed_torch: float
@@ -255,9 +312,9 @@ def _show(name: str, show: Show, args: argparse.Namespace, device: torch.device,
     judged = evaluate(model, held_out, device)
     if isinstance(dataset.encoder, PairEncoder):
         to.print(f"whole answers right, written step by step: {exact_matches(model, held_out, device):.1%}")
-    if isinstance(dataset.encoder, CharacterEncoder) and held_out.targets.dim() == 2 and not args.quick:
-        ngrams = ", ".join(f"{order}-grams {corpus.baseline_bits(dataset, order):.2f}" for order in (1, 2, 3))
-        to.print(f"bits per character: {judged.loss / math.log(2):.2f}; counted in the same text, {ngrams}")
+    baseline = show.baseline.reach(dataset) if show.baseline else None
+    if show.baseline:
+        to.print(show.baseline.beside(judged, baseline))
     training, inference = _speeds([model, twin], train, held_out, show, device, repeats=1 if args.quick else 9)
     sample, _ = held_out.batch(slice(0, 8), device)
     with evaluating(model):
@@ -274,6 +331,8 @@ def _show(name: str, show: Show, args: argparse.Namespace, device: torch.device,
         accuracy=judged.accuracy,
         accuracy_torch=evaluate(twin, held_out, device).accuracy,
         majority_accuracy=majority_accuracy(train.targets, held_out.targets),
+        loss=judged.loss,
+        baseline=baseline,
         largest_difference=largest_difference(model, twin, held_out, device),
         training_speed=training[0],
         training_speed_torch=training[1],

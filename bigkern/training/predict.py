@@ -1,9 +1,10 @@
 """``bigkern predict``: what a trained model says of an image, a text or rows of numbers, how it draws an image again,
-or how it goes on with a text."""
+how it tags a text, or how it goes on with it."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from bigkern.training.data import (
     ImageEncoder,
     NumberEncoder,
     PairEncoder,
+    TagEncoder,
     WordEncoder,
     read_numbers,
     read_text,
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="image files, text files, or CSV files of numbers; without any, a text from standard input",
     )
-    parser.add_argument("--text", action="append", help="a text to classify or to go on with (repeatable)")
+    parser.add_argument("--text", action="append", help="a text to classify, to tag or to go on with (repeatable)")
     parser.add_argument("--top", type=positive_int, default=3, help="classes to name (default: %(default)s)")
     parser.add_argument(
         "--invert", action="store_true", help="images are dark on light, the model learned light on dark"
@@ -66,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
         return _classify(model, encoder, texts, args, device)
     if isinstance(encoder, PairEncoder):
         return _answer(model, encoder, texts, device)
+    if isinstance(encoder, TagEncoder):
+        return _tag(model, encoder, texts, device)
     return _write_on(model, encoder, texts, args, device)
 
 
@@ -153,6 +157,19 @@ def _answer(model: nn.Module, encoder: PairEncoder, texts: dict[str, str], devic
     for name, numbers in zip(texts, written, strict=True):
         drawn.add_row(name, encoder.decode(numbers))
     console().print(drawn)
+    return 0
+
+
+def _tag(model: nn.Module, encoder: TagEncoder, texts: dict[str, str], device: torch.device) -> int:
+    for name, text in texts.items():
+        with torch.inference_mode():
+            tags = model(encoder.encode(text).unsqueeze(0).to(device))[0].argmax(-1).tolist()
+        if len(texts) > 1:
+            print(f"{name}:")
+        for tag, characters in itertools.groupby(zip(tags, text, strict=True), key=lambda pair: pair[0]):
+            part = "".join(character for _, character in characters)
+            if part.strip():
+                print(f"{encoder.classes[tag]:<10}{part.strip()!r}")
     return 0
 
 

@@ -11,9 +11,18 @@ import torch
 from torch import nn
 
 from bigkern.models import BIGKERN, MODELS, Layers
-from bigkern.training import corpus, pairs
+from bigkern.training import corpus, pairs, tagging
 from bigkern.training import data as sources
-from bigkern.training.data import Dataset, Encoder, ImageEncoder, NumberEncoder, PairEncoder, Split, WordEncoder
+from bigkern.training.data import (
+    Dataset,
+    Encoder,
+    ImageEncoder,
+    NumberEncoder,
+    PairEncoder,
+    Split,
+    TagEncoder,
+    WordEncoder,
+)
 from bigkern.training.errors import InputError
 
 MNIST_FOLDER = Path.home() / ".cache" / "bigkern"
@@ -36,6 +45,8 @@ DEFAULTS = {
     "cnn-small": Defaults("classifies images of 28x28 grey pixels", "digits", 15, 32, 1e-3),
     "cnn-log-softmax": Defaults("classifies images", "digits", 10, 32, 1e-2, "sgd"),
     "gru": Defaults("predicts the next character at each step", "text", 6, 64, 4e-3),
+    "gru-tagger": Defaults("tags each character of Python source: name, string, ...", "source", 6, 32, 4e-3),
+    "rnn": Defaults("classifies images, read row by row", "digits", 20, 32, 2e-2, "sgd"),
     "lstm": Defaults("predicts the character after a window of 16", "text", 1, 64, 4e-3),
     "transformer": Defaults("classifies texts", "text", 3, 32, 1e-3),
     "attention-classifier": Defaults("classifies texts", "text", 4, 32, 1e-3),
@@ -51,11 +62,12 @@ DEFAULTS = {
 
 
 AUTOENCODERS = ("autoencoder", "autoencoder-conv")
-_IMAGE_MODELS = ("cnn", "cnn-small", "cnn-log-softmax", "feature-transformer", *AUTOENCODERS)
+_IMAGE_MODELS = ("cnn", "cnn-small", "cnn-log-softmax", "feature-transformer", "rnn", *AUTOENCODERS)
 _TEXT_CLASSIFIERS = ("transformer", "attention-classifier", "self-attention-classifier", "bert")
 _EVERY_STEP = ("gru", "gpt")
 # Pretrained BERTs bring their own sizes; one that learns from nothing but these texts is small.
 _SMALL_BERT = {"dim": 64, "heads": 4, "blocks": 2, "feed_forward": 256}
+_STEPS = 64  # of the models that answer at each step
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,14 @@ def load_dataset(
         if path.is_file():
             return sources.labelled_texts(path, options.text_column, options.label_column)
         raise _wrong_data(model, name, path, "text, or a CSV file with a text and a label column")
+    if model == "gru-tagger":
+        if name == "source":
+            return tagging.library_tags(_STEPS)
+        if path.is_file():
+            return tagging.file_tags(sources.read_text(path), name, _STEPS)
+        raise _wrong_data(model, name, path, "source, or a file of Python source")
     every_step = model in _EVERY_STEP
-    length = 64 if every_step else 16
+    length = _STEPS if every_step else 16
     if name == "text" and model == "gpt":
         return corpus.library_windows(length)
     if name == "text":
@@ -139,6 +157,8 @@ def model_arguments(model: str, dataset: Dataset) -> dict[str, Any]:
             channels, height, width = encoder.shape
             sizes = {"hidden_dim": 256, "n_layers": 2, "n_heads": 4}  # the document's example
             return {"input_dim": channels * width, "output_dim": classes, "max_length": height, **sizes}
+        if model == "rnn":
+            return {"features": encoder.shape[0] * encoder.shape[2], "classes": classes}
         arguments: dict[str, Any] = {"input_shape": encoder.shape, "classes": classes}
         if model == "cnn":
             # Unpadded, three convolutions and two poolings use up 17 pixels; smaller images need the padding.
@@ -154,6 +174,8 @@ def model_arguments(model: str, dataset: Dataset) -> dict[str, Any]:
         return {"features": len(encoder.columns)}
     if model == "gpt":
         return {"vocabulary": classes, "max_length": encoder.length}
+    if isinstance(encoder, TagEncoder):
+        return {"vocabulary": len(encoder.symbols), "classes": classes}
     return {"vocabulary": classes} if model == "lstm" else {"vocabulary": classes, "classes": classes}
 
 
@@ -187,6 +209,8 @@ def load_split(model: str, encoder: Encoder, path: Path, options: DataOptions) -
     if isinstance(encoder, PairEncoder):
         return pairs.read_split(path, encoder, options.text_column, options.label_column)
     text = sources.read_text(path)
+    if isinstance(encoder, TagEncoder):
+        return tagging.tagged_windows(text, encoder)
     if len(text) <= encoder.length:
         raise InputError(f"{path}: {len(text)} characters are too few; the model reads {encoder.length} at a time")
     return sources.character_windows(encoder.encode(text), encoder.length, encoder.length, model in _EVERY_STEP)

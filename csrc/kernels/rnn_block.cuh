@@ -72,17 +72,12 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
                             : 0.0f;
   const Cell cell(shape.cell);
   float h[2], c[2], mask[2], x[2][kGates];
-  int64_t part[2] = {};
-  const auto load_gates = [&](int step) {
+  const auto load_gates = [&](int j, int step) {
+    if (step >= pairs[j].length) return;
+    const int64_t part = pairs[j].part(shape, step);
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      if (step < pairs[j].length) {
-        part[j] = pairs[j].part(shape, step);
-#pragma unroll
-        for (int i = 0; i < kGates; i++) {
-          x[j][i] = to_float(static_cast<const T*>(p.gates)[(part[j] * kGates + i) * hidden + unit]);
-        }
-      }
+    for (int i = 0; i < kGates; i++) {
+      x[j][i] = to_float(static_cast<const T*>(p.gates)[(part * kGates + i) * hidden + unit]);
     }
   };
 #pragma unroll
@@ -91,8 +86,8 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
     c[j] = pairs[j].load_state(shape, shape.c0, 0.0f);
     mask[j] = pairs[j].load_state(shape, shape.mask, 1.0f);
     if (pairs[j].live) buffers[(column + j) * kPitch + unit] = from_float<T>(h[j] * mask[j]);
+    load_gates(j, 0);
   }
-  load_gates(0);
   __syncthreads();
 
 #pragma unroll 1
@@ -113,25 +108,21 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
         }
       }
     }
-    float saved[2][Cell::kSaved > 0 ? Cell::kSaved : 1];
-    const int64_t done[2] = {part[0], part[1]};
     T* write = buffers + ((step + 1) & 1) * kBuffer;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       if (step < pairs[j].length) {
-        float a[kGates];
+        float a[kGates], saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
 #pragma unroll
         for (int i = 0; i < kGates; i++) a[i] = sums[i / 2][i % 2 * 2 + j];
-        cell.forward(x[j], a, bias_hn, h[j], c[j], saved[j]);
+        cell.forward(x[j], a, bias_hn, h[j], c[j], saved);
         write[(column + j) * kPitch + unit] = from_float<T>(h[j] * mask[j]);
+        // Not after the barrier: all warps do the same, so none would wait less, and what is saved would spill.
+        store_forward<Cell, T>(p, pairs[j].part(shape, step), unit, h[j], saved);
       }
+      load_gates(j, step + 1);
     }
-    load_gates(step + 1);
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      if (step < pairs[j].length) store_forward<Cell, T>(p, done[j], unit, h[j], saved[j]);
-    }
+    __syncthreads();  // the new states are there, and the old ones are read
   }
 #pragma unroll
   for (int j = 0; j < 2; j++) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import pytest
 import torch
@@ -41,10 +42,45 @@ def test_problems_are_every_combination():
     assert found[0].key("forward") == ("rnn", "2x1x3x4", "fp32", "forward")
 
 
-def test_a_peer_that_is_not_installed_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashrnn", None)
+@pytest.mark.parametrize(("name", "package"), [("flashrnn", "flashrnn"), ("haste", "haste_pytorch")])
+def test_a_peer_that_is_not_installed_says_so(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError):
-        rnn.peers()["flashrnn"]()
+        rnn.peers()[name]()
+
+
+@pytest.mark.parametrize("function", ["lstm", "gru"])
+def test_haste_gets_its_order_of_the_gates(monkeypatch, function):
+    """A stand-in that reads the parameters as haste's documentation orders them."""
+    module = types.ModuleType("haste_pytorch")
+
+    class Stand(torch.nn.Module):
+        def __init__(self, features, hidden):
+            super().__init__()
+            names = ["kernel", "recurrent_kernel", "bias"] + ["recurrent_bias"] * (function == "gru")
+            for name in names:
+                self.register_parameter(name, torch.nn.Parameter(torch.empty(1)))
+
+        def forward(self, x, state):
+            order = (0, 2, 1, 3) if function == "lstm" else (1, 0, 2)
+
+            def back(weight):
+                parts = weight.chunk(len(order), -1)
+                return torch.cat([parts[order.index(i)] for i in range(len(order))], -1).t()
+
+            biases = back(self.bias), back(self.recurrent_bias) if function == "gru" else torch.zeros_like(self.bias)
+            weights = [back(self.kernel), back(self.recurrent_kernel), *biases]
+            operator = torch.lstm if function == "lstm" else torch.gru
+            output, *last = operator(x, state, weights, True, 1, 0.0, False, False, False)
+            return output, last if function == "lstm" else last[0]
+
+    module.LSTM = module.GRU = Stand
+    monkeypatch.setitem(sys.modules, "haste_pytorch", module)
+    case = make_case(function, 3, 2, 4, 8)
+    inputs = case.make_inputs(torch.float32, "cpu", 0)
+    found, expected = rnn.peers()["haste"]().prepare(case)(inputs), case.reference(inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_torch_compile_is_not_tried_on_long_sequences():

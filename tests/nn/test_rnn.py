@@ -82,6 +82,49 @@ def test_recurrent_dropout_shows():
     assert repr(bigkern.nn.GRU(4, 6, recurrent_dropout=0.1)) == "GRU(4, 6, recurrent_dropout=0.1)"
 
 
+@layers
+def test_zoneout_and_layer_norm(name):
+    """Their parameters stand beside torch's, start as no change, and travel in state_dict, copies and gradients."""
+    extra = {"cell_zoneout": 0.2} if name == "LSTM" else {}
+    torch.manual_seed(3)
+    module = getattr(bigkern.nn, name)(4, 6, 2, zoneout=0.1, layer_norm=True, bidirectional=True, **extra)
+    torch.manual_seed(3)
+    theirs = getattr(torch.nn, name)(4, 6, 2, bidirectional=True)
+    assert repr(module).endswith(f"zoneout=0.1, {'cell_zoneout=0.2, ' if extra else ''}layer_norm=True)")
+    state, wanted = module.state_dict(), theirs.state_dict()
+    for key, value in wanted.items():
+        assert torch.equal(state[key], value)
+    added = set(state) - set(wanted)
+    ends = [f"l{layer}{suffix}" for layer in (0, 1) for suffix in ("", "_reverse")]
+    kinds = ["weight_ln_ih", "weight_ln_hh"] + ["weight_ln_c", "bias_ln_c"] * bool(extra)
+    assert added == {f"{kind}_{end}" for kind in kinds for end in ends}
+    assert all((state[key] == float(key.startswith("weight"))).all() for key in added)
+    x = torch.randn(5, 3, 4)
+    flat(module(x))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert_same(twin.eval()(x), module.eval()(x))
+    plain = getattr(bigkern.nn, name)(4, 6, 2, layer_norm=True, bidirectional=True)
+    plain.load_state_dict(state)
+    assert not torch.equal(flat(plain.eval()(x))[0], flat(module(x))[0])
+    module.train()
+    assert not torch.equal(flat(module(x))[0], flat(module(x))[0])
+
+
+def test_zoneout_and_layer_norm_are_refused_where_they_cannot_be():
+    for arguments, message in [
+        (dict(zoneout=-0.1), "zoneout should be a probability"),
+        (dict(cell_zoneout=2), "cell_zoneout should be a probability"),
+        (dict(proj_size=3, layer_norm=True), "proj_size goes with none of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bigkern.nn.LSTM(4, 6, **arguments)
+    with pytest.raises(TypeError, match="layer_norm should be of type bool"):
+        bigkern.nn.GRU(4, 6, layer_norm=1)
+    with pytest.raises(ValueError, match="cell_zoneout argument is only supported for LSTM"):
+        bigkern.nn.GRU(4, 6, cell_zoneout=0.1)
+
+
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 def test_deepcopy_and_pickle(name):
     module = getattr(bigkern.nn, name)(4, 6)
@@ -184,6 +227,16 @@ def test_compile_fullgraph(backend, device, name):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x), module(x))
     assert_same(*(torch.autograd.grad(f(x)[0].square().sum(), x) for f in (compiled, module)))
+
+
+def test_compile_packed(backend, device):
+    """The module whole, packed input included; the torch backend's refusal is tested with the op."""
+    if backend == "torch":
+        pytest.skip("torch's own decomposition of a packed layer reads the batch sizes")
+    module = bigkern.nn.GRU(4, 6, bidirectional=True).to(device)
+    packed = pack_padded_sequence(torch.randn(5, 3, 4, device=device), [5, 3, 2])
+    torch._dynamo.reset()
+    assert_same(torch.compile(module, fullgraph=True, backend="aot_eager")(packed), module(packed))
 
 
 def test_projection(device):

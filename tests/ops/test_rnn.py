@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import socket
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -340,6 +343,144 @@ def test_recurrent_dropout_is_the_same_on_every_backend(backend, device, mode):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+# Zoneout and layer-normalised cells: the torch backend's
+
+
+def random_norms(form: Form, dtype=torch.float64) -> list[Tensor]:
+    """layer_norm's tensors for each direction of one layer."""
+    generator = torch.Generator().manual_seed(4)
+    rows = GATES[CELLS.index(form.mode)] * form.hidden
+    sizes = [rows, rows] + ([form.hidden] * 2 if form.mode == "LSTM" else [])
+    directions = 2 if form.bidirectional else 1
+    return [(1 + 0.3 * torch.randn(n, generator=generator)).to(dtype) for n in sizes * directions * form.layers]
+
+
+def step_by_step(form: Form, tensors: list[Tensor], norms: list[Tensor] | None, zones=(0.0, 0.0)) -> list[Tensor]:
+    """One layer and direction as the papers write it, unpacked; zones are the weights of the old states."""
+    x, states, (w_ih, w_hh, b_ih, b_hh) = tensors[0], tensors[1 : 1 + form.states], tensors[1 + form.states :]
+    h, c = states[0][0], states[-1][0]
+
+    def norm(a, i):
+        if norms is None:
+            return a
+        a = (a - a.mean(1, keepdim=True)) * (a.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
+        return a * norms[i]
+
+    outputs = []
+    for row in x:
+        of_input, of_state = norm(row @ w_ih.t(), 0) + b_ih, norm(h @ w_hh.t(), 1) + b_hh
+        if form.mode == "LSTM":
+            i, f, g, o = (of_input + of_state).chunk(4, 1)
+            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            new_h = o.sigmoid() * (new_c if norms is None else norm(new_c, 2) + norms[3]).tanh()
+            c = zones[1] * c + (1 - zones[1]) * new_c
+        elif form.mode == "GRU":
+            (xr, xz, xn), (ar, az, an) = of_input.chunk(3, 1), of_state.chunk(3, 1)
+            z = (xz + az).sigmoid()
+            new_h = (1 - z) * (xn + (xr + ar).sigmoid() * an).tanh() + z * h
+        else:
+            new_h = (of_input + of_state).tanh() if form.mode == "RNN_TANH" else (of_input + of_state).relu()
+        h = zones[0] * h + (1 - zones[0]) * new_h
+        outputs.append(h)
+    return [torch.stack(outputs), h[None], *([c[None]] if form.mode == "LSTM" else [])]
+
+
+def only_on_torch(backend, form, inputs, **options) -> bool:
+    """Whether another backend was asked for, which must say why it will not."""
+    if backend == "torch":
+        return False
+    with pytest.raises(bigkern.BackendError, match=f"{backend}: {next(iter(options))} given(.|\n)*torch: could serve"):
+        form.kernel(*inputs, **options)
+    return True
+
+
+@modes
+@pytest.mark.parametrize("normalised", [False, True], ids=["zoneout", "layer_norm"])
+def test_zoneout_and_layer_norm_are_the_papers(backend, device, mode, normalised):
+    """In evaluation, where zoneout is its mean; outputs and gradients of everything."""
+    form = Form(mode, 3, 5)
+    norms = random_norms(form) if normalised else None
+    zones = (0.0, 0.0) if normalised else (0.3, 0.2)
+    options = dict(layer_norm=[n.float().to(device) for n in norms]) if normalised else dict(zoneout=zones[0])
+    if mode == "LSTM" and not normalised:
+        options["cell_zoneout"] = zones[1]
+    if only_on_torch(backend, form, form.inputs(device=device), **options):
+        return
+    inputs = form.inputs(dtype=torch.float64, device=device)
+    norms = [n.to(device).requires_grad_() for n in norms or ()]
+
+    def mine(*tensors):
+        own = tensors[len(inputs) :]
+        return form.kernel(*tensors[: len(inputs)], **{**options, **({"layer_norm": own} if own else {})})
+
+    def papers(*tensors):
+        return step_by_step(form, tensors[: len(inputs)], list(tensors[len(inputs) :]) or None, zones)
+
+    for found, expected in zip(
+        numerics.run(mine, [*inputs, *norms]), numerics.run(papers, [*inputs, *norms]), strict=True
+    ):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@modes
+def test_zoneout_keeps_units_at_random(mode):
+    """While training each unit's state is the old one or the cell's new one, at the rate that was asked for."""
+    form = Form(mode, 3, 40)
+    inputs = form.inputs(steps=6, batch=9, grad=False)
+    with bigkern.use_backend("torch"):
+        torch.manual_seed(1)
+        output, *last = form.kernel(*inputs, train=True, zoneout=0.3)
+        torch.manual_seed(1)
+        assert torch.equal(output, form.kernel(*inputs, train=True, zoneout=0.3)[0])
+        assert not torch.equal(output, form.kernel(*inputs, train=True, zoneout=0.3)[0])
+        still = form.kernel(*inputs, train=True, zoneout=1.0)
+    assert torch.equal(still[0], inputs[1].expand_as(still[0]))
+    old, state, kept = inputs[1], inputs[2:3] if mode == "LSTM" else [], []
+    for row, new in zip(inputs[0], output, strict=True):
+        one, _, *state = step_by_step(form, [row[None], old, *state, *inputs[1 + form.states :]], None)
+        is_old = new == old[0]
+        torch.testing.assert_close(torch.where(is_old, one[0], new), one[0])
+        kept.append(is_old)
+        old = new[None]
+    assert torch.equal(last[0], output[-1:])
+    if mode == "LSTM":
+        torch.testing.assert_close(last[1], state[0])  # cell_zoneout is 0: c is never kept
+    if mode != "RNN_RELU":  # where a new 0 after an old one looks kept
+        assert torch.stack(kept).float().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_zoneout_and_layer_norm_of_packed_stacks():
+    """Both together, packed, two directions: a sequence's result is that of the sequence alone."""
+    form = Form("LSTM", 3, 5, bidirectional=True, lengths=(4, 2))
+    inputs, norms = form.inputs(dtype=torch.float64), random_norms(form)
+    options = dict(zoneout=0.2, cell_zoneout=0.4, layer_norm=norms)
+    with bigkern.use_backend("torch"):
+        output, hn, cn = form.kernel(*inputs, **options)
+        short = Form("LSTM", 3, 5, bidirectional=True)
+        rows = [1, 3]  # the second sequence's
+        states = [state[:, 1:] for state in inputs[1:3]]
+        alone = short.kernel(inputs[0][rows].unsqueeze(1), *states, *inputs[3:], **options)
+        torch.testing.assert_close(output[rows], alone[0][:, 0])
+        torch.testing.assert_close(hn[:, 1:], alone[1])
+        torch.testing.assert_close(cn[:, 1:], alone[2])
+        assert torch.autograd.gradgradcheck(lambda *tensors: form.kernel(*tensors, **options), inputs, fast_mode=True)
+
+
+def test_bad_layer_norm_and_zoneout(backend, device):
+    form = Form("GRU", 3, 5)
+    inputs, norms = form.inputs(device=device), [n.to(device) for n in random_norms(form, F32)]
+    for options, error, message in [
+        (dict(zoneout=1.5), ValueError, "gru: zoneout is 1.5"),
+        (dict(layer_norm=norms[:1]), ValueError, "layer_norm holds 1 tensors; expected 2, 2 for each"),
+        (dict(layer_norm=[norms[0], norms[1][:5]]), ValueError, r"layer_norm\[1\] is \(5,\); expected .* \(15,\)"),
+        (dict(layer_norm=[norms[0], norms[1].long()]), TypeError, r"layer_norm\[1\] has dtype torch.int64"),
+        (dict(layer_norm=[norms[0], norms[1].to("meta")]), ValueError, r"layer_norm\[1\] is on meta"),
+    ]:
+        with pytest.raises(error, match=message):
+            form.kernel(*inputs, **options)
+
+
 # Repeated runs
 
 
@@ -468,8 +609,7 @@ def test_compile_fullgraph(backend, device, mode):
 
 
 def test_compile_packed(backend, device):
-    if backend == "torch":
-        pytest.skip("torch's own decomposition of a packed layer reads the batch sizes")
+    """Whole on the kernels; torch's own decomposition of a packed layer reads the batch sizes, and says so."""
     form = Form("GRU", bidirectional=True, lengths=(4, 3, 1))
     inputs, batch_sizes = form.inputs(device=device), form.batch_sizes
 
@@ -478,9 +618,74 @@ def test_compile_packed(backend, device):
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    if backend == "torch":
+        with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
+            compiled(*inputs)
+        return
     for mine, eager in zip(numerics.run(compiled, inputs), numerics.run(call, inputs), strict=True):
         for a, b in zip(mine, eager, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Model(torch.nn.Module):
+    """Two layers and directions, then a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = bigkern.nn.GRU(4, 6, num_layers=2, bidirectional=True)
+        self.cell = bigkern.nn.LSTMCell(12, 5)
+
+    def forward(self, x):
+        return self.cell(self.gru(x)[0][-1])[0]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_export(backend, device, strict):
+    module, sequences = Model().to(device), torch.export.Dim("sequences", min=2, max=64)
+    x = torch.randn(3, 5, 4, device=device)
+    program = torch.export.export(module, (x,), strict=strict, dynamic_shapes={"x": {1: sequences}})
+    for batch in (x, torch.randn(3, 9, 4, device=device)):
+        torch.testing.assert_close(program.module()(batch), module(batch), rtol=1e-4, atol=1e-5)
+    ops = program.graph_module.print_readable(print_output=False)
+    assert (f"bigkern_{backend}.rnn_forward" in ops) == (backend != "torch")
+
+
+def _train_in_parallel(rank: int, backend: str, device: str, port: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    if backend == "cuda" and device == "cpu":
+        from tests import emulated
+
+        emulated.load("plain")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    with bigkern.use_backend(backend):
+        torch.manual_seed(0)
+        model = torch.nn.parallel.DistributedDataParallel(Model().to(device))
+        x = torch.randn(3, 8, 4).to(device)
+        model(x[:, rank::2]).square().mean().backward()
+    torch.save([p.grad.cpu() for p in model.parameters()], os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    os._exit(0)  # not by way of destructors: see test_layer_norm_integration.py
+
+
+def test_distributed_data_parallel(backend, device, tmp_path):
+    """Two processes with half the batch each end with the gradients of one with the whole."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (backend, device.type, port, str(tmp_path))
+    processes = torch.multiprocessing.spawn(_train_in_parallel, arguments, nprocs=2, join=False)
+    deadline = time.monotonic() + 300
+    while not processes.join(timeout=5):
+        assert time.monotonic() < deadline, "the two processes hang"
+    torch.manual_seed(0)
+    model = Model().to(device)
+    model(torch.randn(3, 8, 4).to(device)).square().mean().backward()
+    for rank in range(2):
+        grads = torch.load(tmp_path / f"{rank}.pt")
+        for mine, whole in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(mine, whole.grad.cpu(), rtol=1e-4, atol=1e-6)
 
 
 def test_checkpoint_redraws_the_same_masks(backend, device):

@@ -3,7 +3,8 @@
 Elman, "Finding Structure in Time", 1990; Hochreiter, Schmidhuber, "Long Short-Term Memory", 1997; Cho et al., "Learning
 Phrase Representations using RNN Encoder-Decoder", 2014 (arXiv:1406.1078), in cuDNN's form, where the reset gate
 multiplies the product.  Recurrent dropout: Gal, Ghahramani, "A Theoretically Grounded Application of Dropout in
-Recurrent Neural Networks", 2016 (arXiv:1512.05287).
+Recurrent Neural Networks", 2016 (arXiv:1512.05287).  Zoneout: Krueger et al., 2016 (arXiv:1606.01305).  Normalised
+cells: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def rnn(
     nonlinearity: str = "tanh",
     batch_sizes: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    layer_norm: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers: ``h' = act(W_ih x + b_ih + W_hh h + b_hh)``; torch.rnn_tanh and torch.rnn_relu.
 
@@ -56,6 +59,11 @@ def rnn(
         batch_sizes: a PackedSequence's: int64 on the CPU, how many sequences are live at each step.
         recurrent_dropout: probability of an element of the state that W_hh reads to be dropped while training; one mask
             for each sequence and layer, kept for all steps.  The state that is carried on is not masked.
+        zoneout: probability of a unit to keep its state over a step while training, drawn anew at each step; otherwise
+            each state is the mean of both, weighted alike.  The torch backend alone serves it.
+        layer_norm: normalise W_ih x and W_hh h over the gates of all units, before the biases are added (eps 1e-5): for
+            each layer and direction the factors (gates * hidden,) of the first and of the second.  The torch backend
+            alone serves it.
 
     Returns:
         ``(output, hn)``: (steps, batch, directions * hidden) in the input's layout, and the last state of each layer
@@ -70,7 +78,7 @@ def rnn(
         raise ValueError(f"rnn: nonlinearity is {nonlinearity!r}; supported are 'tanh' and 'relu'")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
     rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recurrent_dropout)
-    return run(mode, input, (hx,), params, *rest)
+    return run(mode, input, (hx,), params, *rest, (zoneout,), layer_norm)
 
 
 def gru(
@@ -86,6 +94,8 @@ def gru(
     *,
     batch_sizes: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    layer_norm: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers, as torch.gru; arguments, results and errors as :func:`rnn`.
 
@@ -93,7 +103,7 @@ def gru(
     and a = W_hh h; the gates of ``params`` stand in the order r, z, n.
     """
     rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recurrent_dropout)
-    return run("GRU", input, (hx,), params, *rest)
+    return run("GRU", input, (hx,), params, *rest, (zoneout,), layer_norm)
 
 
 def lstm(
@@ -109,6 +119,9 @@ def lstm(
     *,
     batch_sizes: Tensor | None = None,
     recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
+    layer_norm: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers, as torch.lstm; arguments and errors as :func:`rnn`, but ``hx`` is ``(h0, c0)``.
 
@@ -116,11 +129,14 @@ def lstm(
     input and a = W_hh h; the gates of ``params`` stand in the order i, f, g, o.  A fifth (third, without biases)
     parameter of each direction is W_hr, the projection of torch's ``proj_size``, which the torch backend alone serves.
 
+    ``zoneout`` is that of h, ``cell_zoneout`` that of c; h is made of the new c, as the paper has it.  ``layer_norm``
+    has two tensors (hidden,) more for each layer and direction, factor and bias of the norm of c' before its tanh.
+
     Returns:
         ``(output, hn, cn)``.
     """
     rest = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, recurrent_dropout)
-    return run("LSTM", input, tuple(hx), params, *rest)
+    return run("LSTM", input, tuple(hx), params, *rest, (zoneout, cell_zoneout), layer_norm)
 
 
 class _Layer(torch.autograd.Function):
@@ -179,11 +195,21 @@ class _Layer(torch.autograd.Function):
         grad_params = _parameter_gradients(
             ctx.cell, grad_gates, grad_hidden, x, output, h0, mask, offsets, lengths, params, need_params
         )
-        grad_x = grad_gates @ _cat(params[:: len(params) // directions]) if need_x else None
+        grad_x = _input_gradient(grad_gates, params[:: len(params) // directions]) if need_x else None
         return (
             *(None, None, grad_x, grad_h0 if need_h0 else None, grad_c0 if need_c0 else None),
             *(None, None, None, *grad_params),
         )
+
+
+def _input_gradient(grad_gates: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What reaches the layer's input from all directions' gates."""
+    if len(weights) == 1 or grad_gates.dtype != torch.float32:
+        return grad_gates @ _cat(weights)
+    # A product each: one sum over both directions' gates is twice as long, and its error in fp32 was 1.4 times as
+    # large (2.8e-7 beside 2.0e-7, H = 37).  In 16 bits the rounding between two products would cost more.
+    first, second = grad_gates.chunk(2, 1)
+    return first @ weights[0] + second @ weights[1]
 
 
 def _parameter_gradients(
@@ -250,30 +276,34 @@ def run(
     batch_first: bool,
     batch_sizes: Tensor | None,
     recurrent_dropout: float,
+    zoneout: tuple[float, ...],
+    layer_norm: Sequence[Tensor] | None,
     checked: bool = False,
 ) -> tuple[Tensor, ...]:
     """The whole stack on the backend that :func:`backend.select` names; ``checked`` says that a module has looked at
     the shapes, which torch's operators take unseen.
     """
     whole = (input, batch_sizes, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    masked = train and recurrent_dropout != 0
+    extras = [name for name, given in (("zoneout", any(zoneout)), ("layer_norm", layer_norm is not None)) if given]
+    stepwise = bool(extras) or (train and recurrent_dropout != 0)
     # Forward mode and functorch need operators that torch can differentiate itself, which its fused ones are not all.
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    if checked and backend.uses_torch(input) and not masked and not transformed:
+    if checked and backend.uses_torch(input) and not stepwise and not transformed:
         return _torch.compose(mode, *whole)
     projected = _check(mode, *whole, recurrent_dropout)
+    _check_extras(mode, input, params, zoneout, layer_norm, num_layers * (2 if bidirectional else 1))
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         input = input.to(dtype)
         states, params = [state.to(dtype) for state in states], [param.to(dtype) for param in params]
-    implementation = backend.select("rnn", _IMPLEMENTATIONS, input, states, params, mode, projected)
+    implementation = backend.select("rnn", _IMPLEMENTATIONS, input, states, params, mode, projected, extras)
     empty = batch_sizes is None and states[0].shape[1] == 0
-    if empty or (implementation is _torch and not masked and not transformed):
+    if empty or (implementation is _torch and not stepwise and not transformed):
         return _torch.compose(mode, input, batch_sizes, states, params, *whole[4:])
     if projected:
         raise ValueError(
-            "lstm: the parameters hold a projection (proj_size), which goes with neither recurrent_dropout nor forward "
-            "mode and functorch: use proj_size=0"
+            "lstm: the parameters hold a projection (proj_size), which goes with none of recurrent_dropout, zoneout, "
+            "layer_norm, forward mode and functorch: use proj_size=0"
         )
 
     directions, batch = 2 if bidirectional else 1, states[0].shape[1]
@@ -289,9 +319,15 @@ def run(
     for layer in range(num_layers):
         of_layer = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = states[0][of_layer].contiguous(), states[1][of_layer].contiguous() if mode == "LSTM" else None
-        mask = torch.dropout(torch.ones_like(h0), recurrent_dropout, True) if masked else None
+        dropping = train and recurrent_dropout != 0
+        mask = torch.dropout(torch.ones_like(h0), recurrent_dropout, True) if dropping else None
         weights = params[layer * each : (layer + 1) * each]
-        x, *final = _layer(implementation, transformed, CELLS.index(mode), x, h0, c0, mask, offsets, lengths, weights)
+        arguments = (CELLS.index(mode), x, h0, c0, mask, offsets, lengths, weights)
+        if extras:
+            zones = [_zones(x, directions * h0.shape[2], p, train) for p in zoneout]
+            x, *final = _compose(*arguments, zones, _of_layer(layer_norm, num_layers, layer))
+        else:
+            x, *final = _layer(implementation, transformed, *arguments)
         finals.append(final)
         if train and dropout > 0 and layer + 1 < num_layers:
             x = torch.dropout(x, dropout, True)
@@ -311,14 +347,24 @@ def _layer(implementation, transformed, cell, x, h0, c0, mask, offsets, lengths,
     return (output, hn) if c0 is None else (output, hn, cn)
 
 
-def _compose(cell, x, h0, c0, mask, offsets, lengths, params) -> tuple[Tensor, ...]:
+def _compose(cell, x, h0, c0, mask, offsets, lengths, params, zones=(), norms=()) -> tuple[Tensor, ...]:
     """A layer in operators that torch can differentiate as often as asked."""
-    output, hn, cn, _ = _forward(_torch, cell, x, h0, c0, mask, offsets, lengths, params, False)
+    output, hn, cn, _ = _forward(_torch, cell, x, h0, c0, mask, offsets, lengths, params, False, zones, norms)
     return (output, hn) if c0 is None else (output, hn, cn)
 
 
-def _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, save):
-    """The input projection of all steps in one product, then the sequential part."""
+def _zones(x: Tensor, width: int, probability: float, train: bool) -> Tensor | float:
+    """The weight of the old state at each (row, unit): a draw while training, else its mean."""
+    return x.new_empty((x.shape[0], width)).bernoulli_(probability) if train else probability
+
+
+def _of_layer(tensors: Sequence[Tensor] | None, layers: int, layer: int) -> Sequence[Tensor]:
+    each = 0 if tensors is None else len(tensors) // layers
+    return tensors[layer * each : (layer + 1) * each] if each else ()
+
+
+def _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, save, zones=(), norms=()):
+    """The input projection of all steps in one product, then the sequential part; zones and norms are torch's alone."""
     directions, _, hidden = h0.shape
     each = len(params) // directions
     weight, weight_hh, bias, bias_hn = _cat(params[::each]), _stack(params[1::each]), None, None
@@ -331,6 +377,14 @@ def _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, sa
             bias_hn = _stack([b_hh[2 * hidden :] for _, b_hh in biases])
         else:
             bias = _cat([b_ih + b_hh for b_ih, b_hh in biases])
+    if zones or norms:
+        gates = x @ weight.t()
+        if norms:
+            factors = norms[:: len(norms) // directions]
+            gates = torch.cat(list(map(_torch.normalise, gates.chunk(directions, 1), factors)), 1)
+        gates = gates if bias is None else gates + bias
+        arguments = (gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
+        return _torch.forward(*arguments, zones=zones, norms=norms)
     gates = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     return implementation.forward(gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
 
@@ -420,6 +474,41 @@ def _check(
         if tuple(tensor.shape) != (cells, batch, width):
             raise ValueError(f"{op}: hx has shape {tuple(tensor.shape)}; expected {(cells, batch, width)}")
     return projected
+
+
+def _check_extras(
+    mode: str,
+    input: Tensor,
+    params: Sequence[Tensor],
+    zoneout: tuple[float, ...],
+    layer_norm: Sequence[Tensor] | None,
+    cells: int,
+) -> None:
+    """Refuse what torch's operators have no place for and is not right."""
+    op = {"LSTM": "lstm", "GRU": "gru"}.get(mode, "rnn")
+    for name, value in zip(("zoneout", "cell_zoneout"), zoneout, strict=False):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{op}: {name} is {value}; it is a probability and must be in [0, 1]")
+    if layer_norm is None:
+        return
+    rows = params[1].shape[0]
+    shapes = [(rows,), (rows,), *([(rows // 4,)] * 2 if mode == "LSTM" else [])]
+    if len(layer_norm) != cells * len(shapes):
+        raise ValueError(
+            f"{op}: layer_norm holds {len(layer_norm)} tensors; expected {cells * len(shapes)}, {len(shapes)} for each "
+            "layer and direction"
+        )
+    for i, tensor in enumerate(layer_norm):
+        shape = shapes[i % len(shapes)]
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{op}: layer_norm[{i}] is {found}; expected a tensor of shape {shape}")
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{op}: layer_norm[{i}] is on {tensor.device} and input on {input.device}; move one with .to()"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: layer_norm[{i}] has dtype {tensor.dtype}; expected {_SUPPORTED_DTYPES}")
 
 
 def _batch(op: str, input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None, batch_first: bool) -> int:

@@ -15,7 +15,7 @@ _extension.load()
 
 
 def unsupported(
-    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mode: str, projected: bool
+    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mode: str, projected: bool, extras: Sequence[str]
 ) -> str | None:
     """Why these arguments cannot be served, in plain words, or None."""
     reason = _extension.unsupported_tensors("rnn_forward", input=input, h0=states[0], weight=params[0])
@@ -23,6 +23,8 @@ def unsupported(
         return reason
     if projected:
         return "proj_size is not 0; the CUDA kernels exchange the hidden state as it is, without a projection"
+    if extras:
+        return f"{' and '.join(extras)} given; the CUDA kernels have no such cells, torch runs them step by step"
     for tensor in (*states, *params):
         if tensor.dtype != input.dtype:
             return f"input is {input.dtype} and a state or weight {tensor.dtype}; the CUDA kernels take one dtype"

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from bigkern.ops.rnn._schema import CELLS, GATES
 
+NORM_EPS = 1e-5
+
 _OPERATORS = {"RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "LSTM": torch.lstm, "GRU": torch.gru}
 
 
 def unsupported(
-    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mode: str, projected: bool
+    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mode: str, projected: bool, extras: Sequence[str]
 ) -> str | None:
     """Always None: torch serves whatever the argument checks let through."""
     return None
@@ -64,12 +66,19 @@ def forward(
     lengths: Tensor | None,
     cell: int,
     save: bool,
+    zones: Sequence[Tensor | float] = (),
+    norms: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, hn, cn, saved); see _schema.py.  fp32 (fp64 of fp64) throughout, rounded at the end."""
+    """(output, hn, cn, saved); see _schema.py.  fp32 (fp64 of fp64) throughout, rounded at the end.
+
+    With ``zones``, h's and the LSTM's c's, a new state is ``zone * old + (1 - zone) * new``: (rows, D * H), or one
+    number.  With ``norms``, for each direction what :func:`bigkern.ops.rnn` calls layer_norm, W_hh h is normalised.
+    """
     dtype, compute = gates.dtype, accumulator(gates.dtype)
     directions, batch, hidden = h0.shape
     sizes = _sizes(gates.shape[0], batch, offsets)
     steps = gates.to(compute).unflatten(1, (directions, GATES[cell], hidden)).split(sizes)
+    blends = [zone.split(sizes) if isinstance(zone, Tensor) else [zone] * len(sizes) for zone in zones]
     outputs, kept, last_h, last_c = [], [], [], []
     for direction in range(directions):
         weight = weight_hh[direction].to(compute).t()
@@ -78,13 +87,19 @@ def forward(
         c = None if c0 is None else c0[direction].to(compute)
         done: dict[int, tuple[Tensor, Tensor]] = {}
         keep = save and CELLS[cell] in ("LSTM", "GRU")
+        norm = norms[direction * len(norms) // directions :][: len(norms) // directions]
+        units = slice(direction * hidden, (direction + 1) * hidden)
         for t in _order(len(sizes), direction):
             live = sizes[t]
             whole = live == batch  # slices of everything would cost as much as the arithmetic
             old_h, old_c = (h, c) if whole else (h[:live], None if c is None else c[:live])
             read = old_h if mask is None else old_h * mask[direction, :live].to(compute)
-            a = (read @ weight).unflatten(1, (GATES[cell], hidden))
-            new_h, new_c, values = _cell(cell, steps[t][:, direction], a, bias, old_h, old_c, keep)
+            product = normalise(read @ weight, norm[1]) if norm else read @ weight
+            a = product.unflatten(1, (GATES[cell], hidden))
+            new_h, new_c, values = _cell(cell, steps[t][:, direction], a, bias, old_h, old_c, keep, norm[2:])
+            if blends:
+                new_h = _blend(new_h, old_h, blends[0][t], units)
+                new_c = new_c if c is None else _blend(new_c, old_c, blends[1][t], units)
             done[t] = new_h, values
             h = new_h if whole else torch.cat((new_h, h[live:]))
             if c is not None:
@@ -174,10 +189,29 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Layer norm of each row, in fp32 (fp64 of fp64)."""
+    dtype = accumulator(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.layer_norm(x.to(dtype), x.shape[1:], weight.to(dtype), bias, NORM_EPS).to(x.dtype)
+
+
+def _blend(new: Tensor, old: Tensor, zone: Tensor | float, units: slice) -> Tensor:
+    """The new state where ``zone`` is 0, the old one where it is 1."""
+    return torch.lerp(new, old, zone[:, units].to(new.dtype) if isinstance(zone, Tensor) else zone)
+
+
 def _cell(
-    cell: int, x: Tensor, a: Tensor, bias_hn: Tensor | None, h: Tensor, c: Tensor | None, keep: bool
+    cell: int,
+    x: Tensor,
+    a: Tensor,
+    bias_hn: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    keep: bool,
+    norm: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(new h, new c, what backward needs) of one step: x and a (batch, G, H), states (batch, H)."""
+    """(new h, new c, what backward needs) of one step: x and a (batch, G, H), states (batch, H); c's norm, or none."""
     if CELLS[cell] == "GRU":
         reset, update = torch.sigmoid(x[:, :2] + a[:, :2]).unbind(1)
         hidden = a[:, 2] if bias_hn is None else a[:, 2] + bias_hn
@@ -188,7 +222,8 @@ def _cell(
     if CELLS[cell] == "LSTM":
         i, f, g, o = torch.sigmoid(total[:, 0]), torch.sigmoid(total[:, 1]), total[:, 2].tanh(), total[:, 3].sigmoid()
         new_c = torch.addcmul(f * c, i, g)
-        return o * new_c.tanh(), new_c, torch.cat((i, f, g, o, new_c), 1) if keep else None
+        reached = normalise(new_c, *norm) if norm else new_c
+        return o * reached.tanh(), new_c, torch.cat((i, f, g, o, new_c), 1) if keep else None
     new = torch.tanh(total[:, 0]) if CELLS[cell] == "RNN_TANH" else torch.relu(total[:, 0])
     return new, None, None
 

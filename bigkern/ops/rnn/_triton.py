@@ -15,7 +15,7 @@ _BLOCK = 256
 
 
 def unsupported(
-    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mode: str, projected: bool
+    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], mode: str, projected: bool, extras: Sequence[str]
 ) -> str | None:
     """Why these arguments cannot be served, in plain words, or None."""
     reason = _triton_support.unsupported_tensors(input=input, h0=states[0], weight=params[0])
@@ -23,6 +23,8 @@ def unsupported(
         return reason
     if projected:
         return "proj_size is not 0; the Triton kernels carry the hidden state as it is, without a projection"
+    if extras:
+        return f"{' and '.join(extras)} given; the Triton kernels have no such cells, torch runs them step by step"
     for tensor in (*states, *params):
         if tensor.dtype != input.dtype:
             return f"input is {input.dtype} and a state or weight {tensor.dtype}; the Triton kernels take one dtype"
