@@ -155,13 +155,13 @@ def conv_cases() -> list[Case]:
     ]
 
 
-def _step(kernel: str, *, extras: bool) -> Callable:
+def _step(rule: str, *, extras: bool) -> Callable:
     """A step, with everything that changes the code: GradScaler, clipping, zeroed gradients, stochastic rounding."""
     scalar = torch.zeros(()) if extras else None
     philox = torch.zeros(2, dtype=torch.int64) if extras else None
 
     def launch(_triton, tensors, ends, grads, hyper, scratch):
-        _triton._step(kernel)(tensors, ends, grads, hyper, scratch, scalar, scalar, scalar, 1.0, extras, philox)
+        _triton._step(rule)(tensors, ends, grads, hyper, scratch, scalar, scalar, scalar, 1.0, extras, philox)
 
     return _optimizer(launch)
 
@@ -169,10 +169,10 @@ def _step(kernel: str, *, extras: bool) -> Callable:
 def optimizer_cases() -> list[Case]:
     """Calls that reach every kernel of the optimizers."""
     return [
-        Case("adam", _step("adam_step_kernel", extras=False), "adam"),
-        Case("adam with all extras", _step("adam_step_kernel", extras=True), "adam"),
-        Case("sgd", _step("sgd_step_kernel", extras=False), "adam"),
-        Case("sgd with all extras", _step("sgd_step_kernel", extras=True), "adam"),
+        Case("adam", _step("adam", extras=False), "adam"),
+        Case("adam with all extras", _step("adam", extras=True), "adam"),
+        Case("sgd", _step("sgd", extras=False), "adam"),
+        Case("sgd with all extras", _step("sgd", extras=True), "adam"),
         *(
             Case(
                 f"clip, norm {p:g}", _optimizer(lambda t, a, b, c, h, s, p=p: t._clip_grads(a, b, c, s, p, 1.0)), "adam"
