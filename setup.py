@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import setup
@@ -68,6 +70,32 @@ def missing() -> str | None:
     return None
 
 
+def build_until_steady(build: Callable[[], None], sources: Path, mark: Path) -> None:
+    """Call ``build`` until no file under ``sources`` changes while it runs.
+
+    ninja goes by time: an object finished after its header was edited passes for new, though the compiler had read the
+    header before. ``mark`` has the time at which a build began, and is left behind by one that did not end.
+    """
+
+    def edited() -> list[Path]:
+        began = mark.stat().st_mtime_ns
+        return sorted(path for path in sources.rglob("*") if path.is_file() and path.stat().st_mtime_ns > began)
+
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    late = edited() if mark.exists() else []
+    while True:
+        mark.touch()
+        now = time.time_ns()  # finer than the clock of touch: later than any object's
+        for path in (*late, mark):
+            os.utime(path, ns=(now, now))
+        build()
+        late = edited()
+        if not late:
+            break
+        print(f"bigkern: edited during the build, building again: {', '.join(path.name for path in late)}", flush=True)
+    mark.unlink()
+
+
 def extension() -> dict:
     import torch
     from torch.utils import cpp_extension
@@ -117,10 +145,14 @@ def extension() -> dict:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"],
         py_limited_api=True,
     )
-    build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
+
+    class Build(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)):
+        def build_extensions(self):
+            build_until_steady(super().build_extensions, ROOT / "csrc", Path(self.build_temp) / "unfinished")
+
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": build},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -95,8 +95,6 @@ _ALONE = 192
 _SHARED_LARGE, _SHARED_MEDIUM, _SHARED_SMALL, _SHARED_ELEMENTS, _SHARED_WEIGHT = 69632, 49152, 32768, 36864, 49152
 _MMA, _COPIES = {"*": "HMMA"}, {"*": "LDGSTS"}
 _GEMM, _WEIGHT = r"^conv_gemm_kernel<\w+, conv::TileShape<\w+", r"^conv_backward_weight_kernel<.*"
-# A few registers too many there: 2 to 7 local loads, in the passes beside the tile loop.
-_BLACKWELL = {"sm_100a": 16, "sm_120a": 16}
 static_plan = [
     KernelPlan(rf"{_GEMM}, 128, 128, .*TensorCores, .*ChunkLoader", 256, _TILE, False, _SHARED_LARGE, _MMA),
     KernelPlan(rf"{_GEMM}, 128, 64, .*TensorCores, .*ChunkLoader", 256, _TILE, False, _SHARED_MEDIUM, _MMA),
@@ -113,8 +111,8 @@ static_plan = [
     KernelPlan(r"^conv_depthwise_kernel<\w+, [48],", 256, 128, vectorised=True),
     KernelPlan(r"^conv_depthwise_kernel<\w+, 1,", 256, 128),
     KernelPlan(r"^conv_depthwise_weight_kernel<", 256, 128),
-    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, [48]>", 256, 128, vectorised=True, known_spills=_BLACKWELL),
-    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, 1>", 256, 128, known_spills=_BLACKWELL),
+    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, [48]>", 256, 128, vectorised=True),
+    KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, 1>", 256, 128),
     KernelPlan(r"^conv_(permute|sum_parts)_kernel<", 256, 64),
 ]
 

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,67 @@ def test_setup_without_torch_is_pure_python(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     called, said = run_setup(monkeypatch, capsys)
     assert "ext_modules" not in called and "torch is not in the build environment" in said
+
+
+@pytest.fixture
+def steady(monkeypatch, tmp_path):
+    """setup.py's build_until_steady; a header; the mark of a build that runs."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
+    monkeypatch.setenv("BIGKERN_EXT", "0")
+    monkeypatch.delenv("BIGKERN_CUDA", raising=False)
+    header = tmp_path / "csrc/kernels/norm.cuh"
+    header.parent.mkdir(parents=True)
+    header.write_text("old")
+    os.utime(header, (1e9, 1e9))
+    return runpy.run_path(str(ROOT / "setup.py"))["build_until_steady"], header, tmp_path / "build/unfinished"
+
+
+class Ninja:
+    """Compiles a header when it is newer than the object: reads it, lets ``during`` happen, and writes what it read."""
+
+    def __init__(self, header: Path):
+        self.header, self.made = header, header.parents[2] / "norm.o"
+        self.during = lambda: None
+
+    def __call__(self):
+        if self.made.exists() and self.made.stat().st_mtime_ns >= self.header.stat().st_mtime_ns:
+            return
+        read, during = self.header.read_text(), self.during
+        self.during = lambda: None
+        time.sleep(0.02)  # as file systems count time
+        during()
+        time.sleep(0.02)
+        self.made.write_text(read)
+
+
+def test_an_edit_during_the_build_is_built_again(steady, capsys):
+    build_until_steady, header, mark = steady
+    ninja = Ninja(header)
+    ninja.during = lambda: header.write_text("new")
+    build_until_steady(ninja, header.parents[1], mark)
+    assert ninja.made.read_text() == "new" and not mark.exists()
+    assert "edited during the build, building again: norm.cuh" in capsys.readouterr().out
+    build_until_steady(ninja, header.parents[1], mark)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_edit_before_the_build_was_interrupted_is_built(steady):
+    build_until_steady, header, mark = steady
+    ninja = Ninja(header)
+    ninja.during = lambda: header.write_text("new")
+
+    def interrupted():
+        ninja()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_until_steady(interrupted, header.parents[1], mark)
+    ninja()
+    assert ninja.made.read_text() == "old", "ninja alone would have seen it: the test shows nothing"
+    build_until_steady(ninja, header.parents[1], mark)
+    assert ninja.made.read_text() == "new" and not mark.exists()
 
 
 @pytest.mark.slow

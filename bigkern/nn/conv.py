@@ -57,7 +57,8 @@ class ConvBlock2d(Conv2d):
         max_pool: None; an int, the window's size and stride; or (kernel_size, stride, padding) as
             torch.nn.MaxPool2d has them.
 
-    Call with (N, C, H, W) or (C, H, W); see :func:`bigkern.ops.conv2d` for dtypes, memory formats and errors.
+    Call with (N, C, H, W) or (C, H, W), and without ``max_pool`` also with a residual of the output's shape, which is
+    added before the activation; see :func:`bigkern.ops.conv2d` for dtypes, memory formats and errors.
 
     Raises:
         ValueError: an unknown activation; a ``max_pool`` of other than three parts.
@@ -112,18 +113,19 @@ class ConvBlock2d(Conv2d):
         )
         self.activation, self.max_pool = activation, max_pool
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         input, padding = _pad(self, input)
         return conv2d(
             input,
-            weight,
-            bias,
+            self.weight,
+            self.bias,
             self.stride,
             padding,
             self.dilation,
             self.groups,
             activation=self.activation,
             max_pool=self.max_pool,
+            residual=residual,
         )
 
     def extra_repr(self) -> str:

@@ -1,7 +1,8 @@
 // Convolution with bias, activation and max pool in one pass, and its gradients, for sm_80 and up.
 //
 //   output[n, k, p, q] = pool(activation(bias[k] + sum over c, r, s of weight[k, c, r, s] input[n, c, h, w])),
-//   h = p stride_h - padding_h + r dilation_h, w alike; channels in groups.
+//   h = p stride_h - padding_h + r dilation_h, w alike; channels in groups. Without a pool, residual[n, k, p, q] may be
+//   added before the activation: one more operand to read, and no pass of its own.
 //
 // Floors, with N P Q places of K filters over C channels and R S taps: 2 N P Q K C / groups R S FLOP in each of
 // forward, input gradient and weight gradient; bytes: each operand read once, each result written once.
@@ -333,6 +334,17 @@ int launch_depthwise_forward(const ConvForwardParams& params, ConvActivation act
   if (int error = taps_first<T>(weight, shape, stream, allocate)) return error;
   DepthwiseParams<T> p = depthwise_params<T>(shape, false, input, weight);
   p.bias = static_cast<const T*>(params.bias);
+  p.residual = static_cast<const T*>(params.residual);
+  if (params.residual != nullptr && !params.channels_last) {
+    const int64_t outputs = shape.images * shape.filters * shape.out_h * shape.out_w;
+    void* const copy = allocate(outputs * sizeof(T));
+    if (int error = copy_tensor<T>(dense_contiguous(params.residual, shape.filters, shape.out_h, shape.out_w),
+                                   dense_channels_last(copy, shape.filters, shape.out_h, shape.out_w), shape.images,
+                                   shape.filters, shape.out_h, shape.out_w, stream)) {
+      return error;
+    }
+    p.residual = static_cast<const T*>(copy);
+  }
   p.activation = activation;
   p.output = results.output, p.preactivation = results.preactivation;
   return launch_depthwise(p, stream);
@@ -393,13 +405,15 @@ int conv_forward(const ConvForwardParams& params, Stream stream, const Allocate&
   const bool small = wants_small_tile<T>(p);
   const bool fused = wants_pool && plan_pool(params.pool, small ? kTileRowsSmall : kTileRows, p);
   auto convolve = [&](ConvActivation activation, const Results<T>& results, int64_t plane) {
+    constexpr int V = kVecElements<T>;
     const StoreOutput<T> store{static_cast<const T*>(params.bias),
+                               static_cast<const T*>(params.residual),
                                results.output,
                                results.preactivation,
                                results.argmax,
                                shape.filters,
                                activation,
-                               p.filters % kVecElements<T> == 0,
+                               p.filters % V == 0 && whole_vectors({params.residual, 0, 1, 0, 0}, V, sizeof(T)),
                                plane};
     return launch_gemm<T>(p, params.tf32, small, store, stream);
   };

@@ -48,10 +48,11 @@ struct ConvForwardParams {
   ConvActivation activation;
   ConvTensor input;
   ConvTensor weight;
-  const void* bias;     // T, K, or null
-  void* output;         // T, of the pool's size where there is one
-  void* preactivation;  // T, as output, or null: what the activation was given where output comes from
-  uint8_t* argmax;      // as output, or null: the place in the window of the first maximum, of NaNs the last
+  const void* bias;      // T, K, or null
+  const void* residual;  // T, added before the activation, dense as output; null, and always so with a pool
+  void* output;          // T, of the pool's size where there is one
+  void* preactivation;   // T, as output, or null: what the activation was given where output comes from
+  uint8_t* argmax;       // as output, or null: the place in the window of the first maximum, of NaNs the last
   bool channels_last;
   bool tf32;
 };

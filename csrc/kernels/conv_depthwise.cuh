@@ -28,7 +28,8 @@ struct DepthwiseParams {
   bool transposed;
   int64_t images;
   int channels;
-  const T* bias;  // or null
+  const T* bias;      // or null
+  const T* residual;  // as output, aligned as the launcher's V, or null
   ConvActivation activation;
   T* output;         // images x height.result x width.result x channels
   T* preactivation;  // or null
@@ -132,14 +133,18 @@ __global__ void __launch_bounds__(conv::kDepthwiseThreads, 2) conv_depthwise_ker
       const int64_t h = height.first_place + (strip_h + row) * height.place_step;
       const int64_t w = width.first_place + (strip_w + i) * width.place_step;
       const int64_t offset = ((image * p.height.result + h) * p.width.result + w) * p.channels + channel;
+      float values[V];
+#pragma unroll
+      for (int j = 0; j < V; j++) values[j] = sums[row][i][j] + shift[j];
+      if (p.residual != nullptr) add_some(p.residual + offset, V, true, values);
       Vec<T, V> rounded;
       if (p.preactivation != nullptr) {
 #pragma unroll
-        for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(sums[row][i][j] + shift[j]);
+        for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(values[j]);
         store_some(p.preactivation + offset, rounded, V, true);
       }
 #pragma unroll
-      for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(activate(sums[row][i][j] + shift[j], p.activation));
+      for (int j = 0; j < V; j++) rounded.v[j] = from_float<T>(activate(values[j], p.activation));
       store_some(p.output + offset, rounded, V, true);
     }
   }
@@ -243,7 +248,8 @@ template <class T>
 int launch_depthwise(const DepthwiseParams<T>& p, Stream stream) {
   constexpr int V = kVecElements<T>;
   const ConvTensor operand = {p.operand, p.operand_image, 1, p.operand_row, p.operand_pixel};
-  if (p.channels % V != 0 || !whole_vectors(operand, V, sizeof(T))) {
+  const ConvTensor residual = {p.residual, 0, 1, 0, 0};
+  if (p.channels % V != 0 || !whole_vectors(operand, V, sizeof(T)) || !whole_vectors(residual, V, sizeof(T))) {
     return launch_depthwise_strips<T, 1, 0, 1, 1>(p, stream);
   }
   const int stride_w = p.transposed ? 1 : p.width.stride;

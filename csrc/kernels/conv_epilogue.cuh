@@ -77,6 +77,21 @@ __device__ __forceinline__ void store_some(T* p, const Vec<T, V>& values, int co
   }
 }
 
+// Adds the first `count` of V values, read at once where they are all there and aligned.
+template <class T, int V>
+__device__ __forceinline__ void add_some(const T* p, int count, bool whole, float (&values)[V]) {
+  if (whole) {
+    const Vec<T, V> loaded = load_vec<T, V>(p);
+#pragma unroll
+    for (int j = 0; j < V; j++) values[j] += to_float(loaded.v[j]);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < V; j++) {
+    if (j < count) values[j] += to_float(p[j]);
+  }
+}
+
 // The running maximum of a window, element by element of V channels: the first of equal ones, the last NaN.
 template <class T, int V>
 struct WindowMax {
@@ -97,17 +112,18 @@ struct WindowMax {
   }
 };
 
-// Stores activation(sum + bias), or its maxima over the pooling windows: the filters of a place side by side, or, where
-// plane is not 0, the places of an image.
+// Stores activation(sum + bias + residual), or, without residual, its maxima over the pooling windows: the filters of a
+// place side by side, or, where plane is not 0, the places of an image.
 template <class T>
 struct StoreOutput {
   const T* bias;        // or null
+  const T* residual;    // as output, or null
   T* output;            // places x row_filters
   T* preactivation;     // or null
   uint8_t* argmax;      // or null
   int64_t row_filters;  // of all groups
   ConvActivation activation;
-  bool vectors;   // whole vectors of filters, aligned
+  bool vectors;   // whole vectors of filters, aligned, in all of them
   int64_t plane;  // places of an image of the result (NCHW), or 0 (NHWC)
 
   template <class Shape>
@@ -136,6 +152,7 @@ struct StoreOutput {
         float values[V];
         sums(row, values);
         const int64_t offset = place * row_filters + first;
+        if (residual != nullptr) add_some(residual + offset, count, whole, values);
         Vec<T, V> rounded;
         if (preactivation != nullptr) {
 #pragma unroll
@@ -202,8 +219,9 @@ struct StoreOutput {
       const int64_t image = place / plane, start = (image * row_filters + first) * plane + place - image * plane;
       for (int col = threadIdx.x / 32; col < count; col += Shape::kThreads / 32) {
         const float* const column = results + col * kColumnPitch<Shape>;
-        const float shift = bias != nullptr ? to_float(bias[first + col]) : 0.0f;
+        const float bias_of_filter = bias != nullptr ? to_float(bias[first + col]) : 0.0f;
         const int64_t offset = start + col * plane;
+        const float shift = residual != nullptr ? bias_of_filter + to_float(residual[offset]) : bias_of_filter;
         int from = row;
         float value[1] = {activate(column[row] + shift, activation)};
         if (pooled) {

@@ -4,6 +4,7 @@
 
 #include <torch/headeronly/core/MemoryFormat.h>
 
+#include <array>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -35,6 +36,18 @@ void expect(const char* op, const char* name, const Tensor& tensor, const Tensor
   if (!same) {
     refuse(op, ": ", name, " is ", binding::describe(tensor), "; expected ", torch::headeronly::toString(dtype), " [",
            sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "] on the device of ", binding::describe(like));
+  }
+}
+
+// As new_image would lay it out; of an axis of length one the stride may be anything.
+void expect_dense(const char* op, const char* name, const Tensor& tensor, bool channels_last) {
+  int64_t stride = 1;
+  for (const int axis : channels_last ? std::array{1, 3, 2, 0} : std::array{3, 2, 1, 0}) {
+    if (tensor.size(axis) > 1 && tensor.stride(axis) != stride) {
+      refuse(op, ": ", name, " is ", binding::describe(tensor), " with gaps or in another order; expected it dense, ",
+             channels_last ? "channels_last" : "contiguous");
+    }
+    stride *= tensor.size(axis);
   }
 }
 
@@ -135,7 +148,8 @@ Ints sizes_of(const char* op, const char* name, const Tensor& tensor) {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Ints& stride, const Ints& padding, const Ints& dilation,
                                            int64_t groups, int64_t activation, const Ints& max_pool, bool tf32,
-                                           bool channels_last, bool need_backward) {
+                                           bool channels_last, bool need_backward,
+                                           const std::optional<Tensor>& residual) {
   constexpr const char* kOp = "conv_forward";
   const ScalarType dtype = input.scalar_type();
   const Ints input_sizes = sizes_of(kOp, "input", input), weight_sizes = sizes_of(kOp, "weight", weight);
@@ -154,6 +168,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& we
   Tensor preactivation = keep ? new_image(input, sizes, channels_last, dtype) : new_empty(input, {0});
   Tensor argmax = need_backward && pooled ? new_image(input, sizes, channels_last, ScalarType::Byte)
                                           : new_empty(input, {0}, ScalarType::Byte);
+  if (residual) {
+    if (pooled) refuse(kOp, ": residual with max_pool; expected one of them");
+    expect(kOp, "residual", *residual, input, sizes, dtype);
+    expect_dense(kOp, "residual", *residual, channels_last);
+    params.residual = residual->const_data_ptr();
+  }
   if (output.numel() == 0) return {output, preactivation, argmax};
 
   params.input = describe_strides(input);

@@ -569,6 +569,16 @@ def test_refusals_name_the_argument(device):
         for value, message in faults:
             with pytest.raises(RuntimeError, match=message):
                 torch.ops.bigkern_cuda.conv_forward(**{**good, name: value})
+    like = torch.empty(1, 4, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    for residual, message in (
+        (like[:, :3], r"residual is .*expected Float"),
+        (like.half(), r"residual is .*expected Float"),
+        (like[:1, :1].expand(like.shape), "residual is .*with gaps"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.bigkern_cuda.conv_forward(**{**good, "max_pool": ()}, residual=residual)
+    with pytest.raises(RuntimeError, match="residual with max_pool"):
+        torch.ops.bigkern_cuda.conv_forward(**good, residual=like)
     output, preactivation, argmax = forward(conv, x, weight, bias, True)
     epilogue = torch.ops.bigkern_cuda.conv_backward_epilogue
     with pytest.raises(RuntimeError, match=r"preactivation is .*expected Float"):

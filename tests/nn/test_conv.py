@@ -91,6 +91,17 @@ def test_state_dict_goes_both_ways(ours, torchs):
         torch.testing.assert_close(source(data(source)), target(data(source)))
 
 
+def test_block_with_a_residual(backend, device):
+    block = ConvBlock2d(4, 6, 3, padding=1, activation="gelu").to(device)
+    x, residual = torch.randn(2, 4, 5, 5, device=device), torch.randn(2, 6, 5, 5, device=device)
+    plain = F.conv2d(x, block.weight, block.bias, padding=1)
+    torch.testing.assert_close(block(x, residual), F.gelu(plain + residual), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block(x), F.gelu(plain), rtol=1e-5, atol=1e-5)
+    pooled = ConvBlock2d(4, 6, 3, padding=1, max_pool=2).to(device)
+    with pytest.raises(ValueError, match="residual with max_pool=2"):
+        pooled(x, residual)
+
+
 def test_the_blocks_state_dict_goes_both_ways():
     ours, theirs = ConvBlock2d(4, 6, 3, max_pool=2), torch.nn.Conv2d(4, 6, 3)
     assert theirs.load_state_dict(ours.state_dict()) == ([], [])

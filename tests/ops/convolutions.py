@@ -83,11 +83,13 @@ class Convolution:
         ]
         return [tensor.requires_grad_(grad) for tensor in found]
 
-    def kernel(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def kernel(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None
+    ) -> Tensor:
         convolve = conv1d if self.rank == 1 else conv2d
         return convolve(
             input, weight, bias, self.stride, self.padding, self.dilation, self.groups,
-            activation=self.activation, max_pool=self.max_pool,
+            activation=self.activation, max_pool=self.max_pool, residual=residual,
         )  # fmt: skip
 
     def reference(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

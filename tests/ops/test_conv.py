@@ -158,6 +158,77 @@ def test_arguments_as_torch_takes_them(backend, device):
     )
 
 
+# The residual: every way results are stored, by vectors and by elements, as rows and as planes
+
+RESIDUAL = [
+    replace(NAMED[0], activation="relu"),
+    NAMED[1],
+    replace(NAMED[2], max_pool=None),
+    NAMED[11],
+    replace(NAMED[9], max_pool=None),
+    NAMED[15],
+]
+
+
+def residual_for(form, inputs, layout="contiguous"):
+    shape = form.kernel(*[x.detach() for x in inputs]).shape
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(inputs[0])
+    return laid_out(values, layout).requires_grad_()
+
+
+def fused(form):
+    """Of (input, weight, bias, residual)."""
+    return lambda *inputs: form.kernel(*inputs[:-1], residual=inputs[-1])
+
+
+def unfused(form):
+    plain = replace(form, activation=None)
+    return lambda *inputs: ACTIVATIONS[form.activation](plain.reference(*inputs[:-1]) + inputs[-1])
+
+
+def check_residual(form, inputs):
+    numerics.check(fused(form), unfused(form), inputs, names=(*NAMES, "residual"))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("form", RESIDUAL, ids=name_of)
+@pytest.mark.parametrize("layout", pick(LAYOUTS[:2], [None]), ids=str)
+def test_residual(backend, device, form, layout):
+    """Dtypes take turns, and in the small selection the layouts."""
+    number = RESIDUAL.index(form)
+    layout = layout or LAYOUTS[number % 2]
+    inputs = form.inputs(DTYPES[(number + LAYOUTS.index(layout)) % 3], device, layout=layout)
+    check_residual(form, [*inputs, residual_for(form, inputs, layout)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2:])
+def test_layouts_of_the_residual(backend, device, layout):
+    inputs = RESIDUAL[0].inputs(torch.bfloat16, device, layout="channels_last")
+    check_residual(RESIDUAL[0], [*inputs, residual_for(RESIDUAL[0], inputs, layout)])
+
+
+def test_residual_unbatched_alone_and_differentiated_twice(backend, device):
+    form = replace(SMALL, activation="silu")
+    inputs = form.inputs(device=device)
+    inputs.append(residual_for(form, inputs))
+    single = [x.detach()[0].requires_grad_() for x in (inputs[0], inputs[3])]
+    check_residual(form, [single[0], *inputs[1:3], single[1]])
+
+    fixed = [x.detach() for x in inputs[:3]]
+    alone, expected = (
+        torch.autograd.grad(function(*fixed, inputs[3]).square().sum(), inputs[3])[0]
+        for function in (fused(form), unfused(form))
+    )
+    torch.testing.assert_close(alone, expected)
+
+    twice = []
+    for function in (fused(form), unfused(form)):
+        grads = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        twice.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs))
+    for mine, torchs in zip(*twice, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-4)
+
+
 # Memory formats, strides and storage
 
 
@@ -428,7 +499,7 @@ def test_windows_with_more_places_than_a_byte_counts(backend, device):
 
 # Bad input
 
-X, W, B = torch.ones(2, 6, 5, 5), torch.ones(4, 6, 3, 3), torch.ones(4)
+X, W, B, R = torch.ones(2, 6, 5, 5), torch.ones(4, 6, 3, 3), torch.ones(4), torch.ones(2, 4, 3, 3)
 REFUSED = {
     "input not a tensor": (lambda: conv2d([1.0], W), TypeError, "input is a list"),
     "weight not a tensor": (lambda: conv2d(X, [1.0]), TypeError, "weight is a list"),
@@ -467,6 +538,11 @@ REFUSED = {
     "max_pool 0": (lambda: conv2d(X, W, max_pool=0), ValueError, "kernel_size is 0; it must be at least 1"),
     "max_pool stride": (lambda: conv2d(X, W, max_pool=(2, 0, 0)), ValueError, "max_pool's stride is 0"),
     "max_pool padding": (lambda: conv2d(X, W, max_pool=(3, 1, 2)), ValueError, "at most half of its kernel_size"),
+    "residual not a tensor": (lambda: conv2d(X, W, residual=1.0), TypeError, "residual is a float"),
+    "residual dtype": (lambda: conv2d(X, W, residual=R.half()), TypeError, "residual has dtype torch.float16"),
+    "residual device": (lambda: conv2d(X, W, residual=R.to("meta")), ValueError, "residual is on meta"),
+    "residual shape": (lambda: conv2d(X, W, residual=R[:1]), ValueError, r"must be the output's, \(2, 4, 3, 3\)"),
+    "residual and max_pool": (lambda: conv2d(X, W, residual=R, max_pool=2), ValueError, "only one of them can follow"),
     "max_pool large": (lambda: conv2d(X, W, max_pool=4), ValueError, r"larger than the convolution's output"),
 }  # fmt: skip
 

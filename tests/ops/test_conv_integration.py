@@ -76,6 +76,12 @@ def test_raw_ops(backend, device, activation, max_pool, dtype, channels_last):
     assert (preactivation.shape == output.shape) == (activation not in (None, "relu")) and preactivation.dtype == dtype
     assert (argmax.shape == output.shape) == bool(max_pool) and argmax.dtype == torch.uint8
     torch.library.opcheck(raw.conv_forward.default, arguments)
+    if not max_pool:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        residual = numerics.cotangent(output).contiguous(memory_format=memory_format)
+        added, _, _ = raw.conv_forward.default(*arguments, residual)
+        torch.testing.assert_close(added, _torch.compose(2, x, w, b, *geometry, activation, None, residual))
+        torch.library.opcheck(raw.conv_forward.default, (*arguments, residual))
 
     grad_output = numerics.cotangent(output)
     grad_conv = numerics.cotangent(conv).contiguous(memory_format=torch.channels_last)

@@ -210,6 +210,14 @@ BUGS = [
         "plain",
     ),
     Bug(
+        "residual read at the row of the tile",
+        "conv",
+        CONV_EPILOGUE,
+        "add_some(residual + offset, count, whole, values);",
+        "add_some(residual + row * row_filters + first, count, whole, values);",
+        "plain",
+    ),
+    Bug(
         "missing barrier in the ring of stages",
         "conv",
         CONV_GEMM,

@@ -22,12 +22,12 @@ int multiply(const GemmParams& p, const StoreOutput<float>& store) {
 }  // namespace
 
 // Forward with ReLU and a max pool of one kernel, stride and padding along both axes (0: none), then every gradient of
-// what it saved. All tensors are dense and channels_last, `weight_turned` is C x R x S x K. 0, or an error code whose
-// message lands in `error`.
+// what it saved. All tensors are dense and channels_last, `weight_turned` is C x R x S x K; `residual` is null with a
+// pool. 0, or an error code whose message lands in `error`.
 extern "C" int run_conv(const ConvShape* shape, int pool, int pool_stride, int pool_padding, const float* input,
-                        const float* weight, const float* weight_turned, const float* bias, const float* grad_output,
-                        float* output, uint8_t* argmax, float* grad_conv, float* grad_input, float* grad_weight,
-                        float* grad_bias, char* error, int size) {
+                        const float* weight, const float* weight_turned, const float* bias, const float* residual,
+                        const float* grad_output, float* output, uint8_t* argmax, float* grad_conv, float* grad_input,
+                        float* grad_weight, float* grad_bias, char* error, int size) {
   const ConvShape& s = *shape;
   const ConvTensor image = dense_channels_last(input, s.channels, s.height, s.width);
   GemmParams forward = gemm_params(s, false, image, dense_channels_last(weight, s.channels, s.kernel_h, s.kernel_w));
@@ -37,7 +37,8 @@ extern "C" int run_conv(const ConvShape* shape, int pool, int pool_stride, int p
     window = {pool, pool, pool_stride, pool_stride, pool_padding, pool_padding, places(s.out_h), places(s.out_w)};
     plan_pool(window, Shape::kM, forward);
   }
-  StoreOutput<float> store{bias, output, nullptr, argmax, s.filters, ConvActivation::kRelu, s.filters % 4 == 0};
+  StoreOutput<float> store{
+      bias, residual, output, nullptr, argmax, s.filters, ConvActivation::kRelu, s.filters % 4 == 0};
   const bool chunks = whole_chunks<float>(forward);
   int code = chunks ? multiply<ChunkLoader>(forward, store) : multiply<ElementLoader>(forward, store);
 
@@ -53,7 +54,7 @@ extern "C" int run_conv(const ConvShape* shape, int pool, int pool_stride, int p
   const ConvTensor grad = dense_channels_last(grad_conv, s.filters, s.out_h, s.out_w);
   const GemmParams backward =
       gemm_params(s, true, grad, dense_channels_last(weight_turned, s.filters, s.kernel_h, s.kernel_w));
-  store = {nullptr, grad_input, nullptr, nullptr, s.channels, ConvActivation::kNone, s.channels % 4 == 0};
+  store = {nullptr, nullptr, grad_input, nullptr, nullptr, s.channels, ConvActivation::kNone, s.channels % 4 == 0};
   if (code == 0) code = chunks ? multiply<ChunkLoader>(backward, store) : multiply<ElementLoader>(backward, store);
 
   WeightParams p = weight_params(s, grad, image);

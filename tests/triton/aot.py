@@ -98,6 +98,7 @@ def _conv(
     activation: int = 1,
     max_pool: tuple[int, ...] = (),
     tf32: bool = False,
+    residual: bool = False,
 ) -> Callable:
     """The launches of a convolution's forward and of all its gradients, channels_last, padded to keep the size."""
 
@@ -110,8 +111,9 @@ def _conv(
         geometry = ((stride,) * 2, (window // 2,) * 2, (1, 1), groups)
         x, weight = tensor(*input_shape), tensor(filters, input_shape[1] // groups, window, window)
         bias = torch.empty(filters, dtype=dtype)
-        results = _triton._forward(x, weight, bias, *geometry, activation, max_pool, tf32, True, True)
         size = _schema.conv_size(x.shape[2:], weight.shape[2:], *geometry[:3])
+        added = tensor(x.shape[0], filters, *size) if residual else None
+        results = _triton._forward(x, weight, bias, *geometry, activation, max_pool, tf32, True, True, added)
         grad = tensor(*results[0].shape)
         if activation or max_pool:
             grad = _triton._backward_epilogue(grad, *results, size, activation, max_pool)
@@ -144,7 +146,11 @@ def conv_cases() -> list[Case]:
     pooled, overlapping = (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1)
     return [
         Case("64 3x3 bf16", _conv((8, 64, 56, 56), 64, 3, half), "conv"),
-        Case("256 1x1 bf16, gelu", _conv((8, 256, 28, 28), 128, 1, half, activation=2), "conv"),
+        Case(
+            "256 1x1 bf16, residual and gelu",
+            _conv((8, 256, 28, 28), 128, 1, half, activation=2, residual=True),
+            "conv",
+        ),
         Case("64 3x3 bf16, stride 2, pooled", _conv((8, 64, 56, 56), 128, 3, half, stride=2, max_pool=pooled), "conv"),
         Case(
             "stem 7x7 fp16, pooled", _conv((8, 3, 64, 64), 64, 7, torch.float16, stride=2, max_pool=overlapping), "conv"
@@ -155,13 +161,13 @@ def conv_cases() -> list[Case]:
     ]
 
 
-def _step(kernel: str, *, extras: bool) -> Callable:
+def _step(rule: str, *, extras: bool) -> Callable:
     """A step, with everything that changes the code: GradScaler, clipping, zeroed gradients, stochastic rounding."""
     scalar = torch.zeros(()) if extras else None
     philox = torch.zeros(2, dtype=torch.int64) if extras else None
 
     def launch(_triton, tensors, ends, grads, hyper, scratch):
-        _triton._step(kernel)(tensors, ends, grads, hyper, scratch, scalar, scalar, scalar, 1.0, extras, philox)
+        _triton._step(rule)(tensors, ends, grads, hyper, scratch, scalar, scalar, scalar, 1.0, extras, philox)
 
     return _optimizer(launch)
 
@@ -169,10 +175,10 @@ def _step(kernel: str, *, extras: bool) -> Callable:
 def optimizer_cases() -> list[Case]:
     """Calls that reach every kernel of the optimizers."""
     return [
-        Case("adam", _step("adam_step_kernel", extras=False), "adam"),
-        Case("adam with all extras", _step("adam_step_kernel", extras=True), "adam"),
-        Case("sgd", _step("sgd_step_kernel", extras=False), "adam"),
-        Case("sgd with all extras", _step("sgd_step_kernel", extras=True), "adam"),
+        Case("adam", _step("adam", extras=False), "adam"),
+        Case("adam with all extras", _step("adam", extras=True), "adam"),
+        Case("sgd", _step("sgd", extras=False), "adam"),
+        Case("sgd with all extras", _step("sgd", extras=True), "adam"),
         *(
             Case(
                 f"clip, norm {p:g}", _optimizer(lambda t, a, b, c, h, s, p=p: t._clip_grads(a, b, c, s, p, 1.0)), "adam"

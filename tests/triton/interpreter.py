@@ -3,8 +3,9 @@
 * a cast of fp32 to bf16 truncates, where a GPU rounds to nearest even;
 * tl.dot multiplies bf16 operands as if their bit patterns were integers, because numpy has no bf16.
 
-`install` replaces the two methods for the whole process.  The kernels do not depend on it, tests of their
-rounding do.
+* each call of a device function patches triton.language again, which is already patched: half of a kernel's time.
+
+`install` replaces these methods for the whole process.  The kernels do not depend on it, tests of their rounding do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def install() -> None:
     if not hasattr(builder.cast_impl, "__wrapped__"):
         builder.cast_impl = _rounding(builder.cast_impl, tl, interpreter)
         builder.create_dot = _dot(builder.create_dot, tl, interpreter)
+        interpreter._patch_lang = _patching_once(interpreter._patch_lang, tl)
 
 
 def _to_bf16(values):
@@ -62,3 +64,38 @@ def _dot(original, tl, interpreter):
         return interpreter.TensorHandle(np.matmul(*factors).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     return create_dot
+
+
+def _patching_once(original, tl):
+    """Of the nested calls of a launch only the first for each module; the launch itself takes its patches back."""
+    patched: set[str] = set()
+
+    @functools.cache
+    def modules(fn):
+        return {
+            module.__name__ for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())
+        }
+
+    class Nothing:
+        @staticmethod
+        def restore():
+            pass
+
+    @functools.wraps(original)
+    def patch_lang(fn):
+        if modules(fn) <= patched:
+            return Nothing
+        scope = original(fn)
+        restore = getattr(scope, "restore", None)
+        if restore is None:  # another Triton's, which never takes them back
+            return scope
+        patched.update(modules(fn))
+
+        def restore_and_forget():
+            restore()
+            patched.clear()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    return patch_lang

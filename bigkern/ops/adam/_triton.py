@@ -109,13 +109,13 @@ def _programs(device: torch.device) -> int:
     return min(_MAX_PROGRAMS, _RESIDENT * support.multiprocessors(device))
 
 
-def _step(kernel: str):
+def _step(rule: str):
     def launch(
         tensors, chunk_ends, grads, hyper, scratch, grad_scale, found_inf, total_norm, max_norm, zero_grads, philox
     ):
         count, kernels = tensors.shape[0], _kernels()
         with support.device_guard(tensors.device):
-            getattr(kernels, kernel)[(_programs(tensors.device),)](
+            kernels.step_kernel[(_programs(tensors.device),)](
                 tensors,
                 chunk_ends,
                 grads,
@@ -126,6 +126,7 @@ def _step(kernel: str):
                 philox,
                 count,
                 max_norm,
+                RULE=rule,
                 ZERO_GRADS=zero_grads,
                 CHUNK=CHUNK,
                 num_warps=_WARPS,
@@ -166,7 +167,7 @@ def _clip_grads(tensors, chunk_ends, grads, scratch, norm_type, max_norm):
     return norm
 
 
-support.register("adam_step", _step("adam_step_kernel"))
-support.register("sgd_step", _step("sgd_step_kernel"))
+support.register("adam_step", _step("adam"))
+support.register("sgd_step", _step("sgd"))
 support.register("grad_norm", _grad_norm)
 support.register("clip_grads", _clip_grads)

@@ -193,26 +193,14 @@ def _finish(
 
 
 @triton.jit
-def _adam_chunk(
-    row, grad_address, options, philox, chunk, element, inside, factor,
-    FAST: tl.constexpr, ZERO_GRADS: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    dtypes = tl.load(row + _DTYPES)
-    code, state_code = dtypes & 255, dtypes >> 8
-    flags = tl.load(options + _FLAGS).to(tl.int32)
-    lr, step = _open(row, options)
+def _adam(row, options, state_code, element, inside, param, grad, lr, step, FAST: tl.constexpr):
+    """The parameter after a step of Adam; its moments are stored."""
     beta1, beta2 = tl.load(options + _BETA1), tl.load(options + _BETA2)
     steps = step.to(tl.float64)
     correction1 = 1.0 - tl.exp(steps * tl.log(beta1))
     correction2 = tl.sqrt(1.0 - tl.exp(steps * tl.log(beta2))).to(tl.float32)
     step_size = (lr / correction1).to(tl.float32)
-
-    master, avg, avg_sq = tl.load(row + _MASTER), tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ)
-    max_avg_sq = tl.load(row + _MAX_EXP_AVG_SQ)
-    grad = _load(grad_address, code, element, inside, FAST)
-    param = _load(tl.load(row + _PARAM), code, element, inside & _spread(master == 0, element), FAST)
-    param += _load(master, master * 0, element, inside, FAST)
-    param, grad = _prepared(param, grad, options, lr, factor, flags)
+    avg, avg_sq, max_avg_sq = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ), tl.load(row + _MAX_EXP_AVG_SQ)
     first = _lerp(_load(avg, state_code, element, inside, FAST), grad, (1.0 - beta1).to(tl.float32))
     second = _load(avg_sq, state_code, element, inside, FAST) * beta2.to(tl.float32)
     second += (1.0 - beta2).to(tl.float32) * grad * grad
@@ -222,36 +210,41 @@ def _adam_chunk(
     largest = tl.where(max_avg_sq != 0, tl.maximum(former, second, tl.PropagateNan.ALL), second)
     _store(max_avg_sq, state_code, element, largest, inside, FAST)
     denominator = tl.div_rn(tl.sqrt_rn(largest), correction2) + tl.load(options + _EPS).to(tl.float32)
-    param -= tl.div_rn(step_size * first, denominator)
-    if ZERO_GRADS:
-        _store(grad_address, code, element, tl.zeros_like(grad), inside, FAST)
-    _finish(row, options, code, element, inside, param, flags, philox, step, chunk, FAST, CHUNK)
+    return param - tl.div_rn(step_size * first, denominator)
 
 
 @triton.jit
-def _sgd_chunk(
+def _sgd(row, options, state_code, element, inside, param, grad, flags, lr, step, FAST: tl.constexpr):
+    """The parameter after a step of SGD; its momentum buffer is stored."""
+    momentum = tl.load(options + _MOMENTUM).to(tl.float32)
+    damping = (1.0 - tl.load(options + _DAMPENING)).to(tl.float32)
+    buffer = tl.load(row + _EXP_AVG)
+    former = _load(buffer, state_code, element, inside, FAST)
+    # A counter at 0 says that the buffer has not been written: it becomes the gradient.
+    velocity = tl.where(step == 1.0, grad, former * momentum + damping * grad)
+    _store(buffer, state_code, element, velocity, inside, FAST)
+    moved = tl.where((flags & _NESTEROV) != 0, grad + momentum * velocity, velocity)
+    return param - lr.to(tl.float32) * tl.where(buffer != 0, moved, grad)
+
+
+@triton.jit
+def _step_chunk(
     row, grad_address, options, philox, chunk, element, inside, factor,
-    FAST: tl.constexpr, ZERO_GRADS: tl.constexpr, CHUNK: tl.constexpr
+    RULE: tl.constexpr, FAST: tl.constexpr, ZERO_GRADS: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     dtypes = tl.load(row + _DTYPES)
     code, state_code = dtypes & 255, dtypes >> 8
     flags = tl.load(options + _FLAGS).to(tl.int32)
     lr, step = _open(row, options)
-    momentum = tl.load(options + _MOMENTUM).to(tl.float32)
-    damping = (1.0 - tl.load(options + _DAMPENING)).to(tl.float32)
-    # A counter at 0 says that the buffer has not been written: it becomes the gradient.
-    damping = tl.where(step == 1.0, 1.0, damping)
-
-    master, buffer = tl.load(row + _MASTER), tl.load(row + _EXP_AVG)
+    master = tl.load(row + _MASTER)
     grad = _load(grad_address, code, element, inside, FAST)
     param = _load(tl.load(row + _PARAM), code, element, inside & _spread(master == 0, element), FAST)
     param += _load(master, master * 0, element, inside, FAST)
     param, grad = _prepared(param, grad, options, lr, factor, flags)
-    former = _load(buffer, state_code, element, inside, FAST)
-    velocity = tl.where(step == 1.0, grad, former * momentum + damping * grad)
-    _store(buffer, state_code, element, velocity, inside, FAST)
-    moved = tl.where((flags & _NESTEROV) != 0, grad + momentum * velocity, velocity)
-    param -= lr.to(tl.float32) * tl.where(buffer != 0, moved, grad)
+    if RULE == "adam":
+        param = _adam(row, options, state_code, element, inside, param, grad, lr, step, FAST)
+    else:
+        param = _sgd(row, options, state_code, element, inside, param, grad, flags, lr, step, FAST)
     if ZERO_GRADS:
         _store(grad_address, code, element, tl.zeros_like(grad), inside, FAST)
     _finish(row, options, code, element, inside, param, flags, philox, step, chunk, FAST, CHUNK)
@@ -280,10 +273,11 @@ def _zero_chunk(row, grad_address, element, inside):
 
 
 @triton.jit(do_not_specialize=["count"])
-def adam_step_kernel(
+def step_kernel(
     tensors, chunk_ends, grads, hyper, grad_scale, found_inf, total_norm, philox, count, max_norm,
-    ZERO_GRADS: tl.constexpr, CHUNK: tl.constexpr
+    RULE: tl.constexpr, ZERO_GRADS: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
+    """RULE: "adam" or "sgd"."""
     chunks = tl.load(chunk_ends + count - 1)
     skipped = False
     if found_inf is not None:
@@ -299,44 +293,15 @@ def adam_step_kernel(
             if ZERO_GRADS:
                 _zero_chunk(row, grad_address, element, element < numel)
         elif whole:
-            _adam_chunk(
+            _step_chunk(
                 row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane),
-                factor, True, ZERO_GRADS, CHUNK
+                factor, RULE, True, ZERO_GRADS, CHUNK
             )  # fmt: skip
         else:
-            _adam_chunk(
-                row, grad_address, options, philox, chunk, element, element < numel, factor, False, ZERO_GRADS, CHUNK
-            )
-
-
-@triton.jit(do_not_specialize=["count"])
-def sgd_step_kernel(
-    tensors, chunk_ends, grads, hyper, grad_scale, found_inf, total_norm, philox, count, max_norm,
-    ZERO_GRADS: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    chunks = tl.load(chunk_ends + count - 1)
-    skipped = False
-    if found_inf is not None:
-        skipped = tl.load(found_inf) != 0.0
-    factor = _factor(grad_scale, total_norm, max_norm)
-    lane = tl.arange(0, CHUNK)
-    for chunk in range(tl.program_id(0).to(tl.int64), chunks, tl.num_programs(0)):
-        row, grad_address, first, numel = _chunk(tensors, chunk_ends, grads, chunk, count, CHUNK)
-        options = hyper + tl.load(row + _GROUP) * _HYPERS
-        whole = (first + CHUNK <= numel) & (_addresses(row, grad_address) % 16 == 0)
-        element = first + lane
-        if skipped:
-            if ZERO_GRADS:
-                _zero_chunk(row, grad_address, element, element < numel)
-        elif whole:
-            _sgd_chunk(
-                row, grad_address, options, philox, chunk, tl.multiple_of(first, CHUNK) + lane, _spread(whole, lane),
-                factor, True, ZERO_GRADS, CHUNK
+            _step_chunk(
+                row, grad_address, options, philox, chunk, element, element < numel, factor,
+                RULE, False, ZERO_GRADS, CHUNK
             )  # fmt: skip
-        else:
-            _sgd_chunk(
-                row, grad_address, options, philox, chunk, element, element < numel, factor, False, ZERO_GRADS, CHUNK
-            )
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -1,4 +1,7 @@
-"""Convolution of one or two spatial dimensions, fused with bias, activation and max pooling.
+"""Convolution of one or two spatial dimensions, fused with bias, residual, activation and max pooling.
+
+Three dimensions are torch.nn.functional.conv3d's: the kernels' tiles walk over height and width, and images are only
+counted.
 
 LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", 1998; the kernels are
 implicit matrix products: Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014 (arXiv:1410.0759).
@@ -42,8 +45,9 @@ def conv2d(
     *,
     activation: str | None = None,
     max_pool: MaxPool | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Two-dimensional convolution, then an activation, then max pooling, in one pass over memory.
+    """Two-dimensional convolution, plus a residual, then an activation, then max pooling, in one pass over memory.
 
     Args:
         input: (N, C, H, W), or (C, H, W) unbatched; float32, bfloat16, float16, or float64 (torch backend only).  Any
@@ -55,6 +59,8 @@ def conv2d(
         activation: None, "relu", "gelu", "gelu_tanh" (gelu's approximation by tanh) or "silu".
         max_pool: None; an int, the window's size and stride; or (kernel_size, stride, padding) as
             torch.nn.functional.max_pool2d has them, each an int or a pair.
+        residual: of the output's shape and the input's dtype, added before the activation, as at the end of a residual
+            block; not together with ``max_pool``.  The output's memory format is read as it is, another one copied.
 
     Returns:
         (N, K, P, Q), unbatched (K, P, Q), of the input's dtype; channels_last where the input or the weight is.  Under
@@ -66,15 +72,17 @@ def conv2d(
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ; an argument of another type.
         ValueError: shapes that do not fit, tensors on different devices, a stride, padding, dilation, groups,
-            activation or max_pool that has no meaning.
+            activation or max_pool that has no meaning; a residual beside a max_pool.
         bigkern.BackendError: the backend that was asked for cannot serve the arguments.
     """
-    if _is_plain(input, weight, bias, activation):
+    if residual is None and _is_plain(input, weight, bias, activation):
         try:
             return _torch.compose(2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
         except (RuntimeError, TypeError, ValueError):
             pass  # what follows says which argument is wrong
-    return _convolve("conv2d", 2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
+    return _convolve(
+        "conv2d", 2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool, residual
+    )
 
 
 def conv1d(
@@ -88,23 +96,27 @@ def conv1d(
     *,
     activation: str | None = None,
     max_pool: MaxPool | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """One-dimensional convolution, then an activation, then max pooling, in one pass over memory.
+    """One-dimensional convolution, plus a residual, then an activation, then max pooling, in one pass over memory.
 
     Args:
         input: (N, C, L), or (C, L) unbatched.  Any strides; a transposed (N, L, C) is read as it is.
         weight: (K, C / groups, S).
-        bias, stride, padding, dilation, groups, activation, max_pool: as in :func:`conv2d`, for one dimension.
+        bias, stride, padding, dilation, groups, activation, max_pool, residual: as in :func:`conv2d`, for one
+            dimension.
 
     Returns:
         (N, K, Q), unbatched (K, Q), contiguous; otherwise as :func:`conv2d`, as are the errors raised.
     """
-    if _is_plain(input, weight, bias, activation):
+    if residual is None and _is_plain(input, weight, bias, activation):
         try:
             return _torch.compose(1, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
         except (RuntimeError, TypeError, ValueError):
             pass  # what follows says which argument is wrong
-    return _convolve("conv1d", 1, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
+    return _convolve(
+        "conv1d", 1, input, weight, bias, stride, padding, dilation, groups, activation, max_pool, residual
+    )
 
 
 class _Conv(torch.autograd.Function):
@@ -114,26 +126,29 @@ class _Conv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, implementation, geometry, activation, window, tf32, formats):
+    def forward(ctx, input, weight, bias, residual, implementation, geometry, activation, window, tf32, formats):
         output, preactivation, argmax = implementation.forward(
-            input, weight, bias, *geometry, ACTIVATIONS.index(activation), window, tf32, formats[0], True
+            input, weight, bias, *geometry, ACTIVATIONS.index(activation), window, tf32, formats[0], True, residual
         )
         # relu's mask is its own output; the others' derivatives follow from what they were given.
         kept = output if activation == "relu" else preactivation
-        ctx.save_for_backward(input, weight, bias, kept, argmax)
+        # The residual itself is read only where the gradient is differentiated again.
+        ctx.save_for_backward(input, weight, bias, residual, kept, argmax)
         ctx.implementation, ctx.geometry, ctx.activation, ctx.window = implementation, geometry, activation, window
         ctx.tf32, ctx.formats = tf32, formats
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        input, weight, bias, kept, argmax = ctx.saved_tensors
-        need_input, need_weight, need_bias = needed = ctx.needs_input_grad[:3]
+        input, weight, bias, residual, kept, argmax = ctx.saved_tensors
+        need_input, need_weight, need_bias, need_residual = needed = ctx.needs_input_grad[:4]
         # While torch.compile traces a backward it will not be differentiated again, whatever the grad mode says.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             window = ctx.window
             max_pool = (window[:2], window[2:4], window[4:]) if window else None
-            grads = _torch.gradients(grad_output, input, weight, bias, *ctx.geometry, ctx.activation, max_pool, needed)
+            grads = _torch.gradients(
+                grad_output, input, weight, bias, *ctx.geometry, ctx.activation, max_pool, residual, needed
+            )
             return (*grads, *(None,) * 6)
 
         implementation, kernel_size = ctx.implementation, weight.shape[2:]
@@ -156,7 +171,8 @@ class _Conv(torch.autograd.Function):
             )
         elif need_bias:
             grad_bias = grad_conv.sum((0, 2, 3))
-        return grad_input, grad_weight, grad_bias if need_bias else None, *(None,) * 6
+        grad_residual = grad_conv if need_residual else None
+        return grad_input, grad_weight, grad_bias if need_bias else None, grad_residual, *(None,) * 6
 
 
 def _convolve(
@@ -171,24 +187,27 @@ def _convolve(
     groups: int,
     activation: str | None,
     max_pool: MaxPool | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """The public functions for any arguments: refuse the bad ones, choose a backend, and run it."""
     stride, padding, dilation, max_pool = _check(
-        op, rank, input, weight, bias, stride, padding, dilation, groups, activation, max_pool
+        op, rank, input, weight, bias, stride, padding, dilation, groups, activation, max_pool, residual
     )
     if backend.uses_torch(input):
-        return _torch.compose(rank, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
+        return _torch.compose(
+            rank, input, weight, bias, stride, padding, dilation, groups, activation, max_pool, residual
+        )
     device = input.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         # As torch's own autocast, which leaves float64 alone.
-        input, weight, bias = (
+        input, weight, bias, residual = (
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-            for tensor in (input, weight, bias)
+            for tensor in (input, weight, bias, residual)
         )
     batched = input.dim() == rank + 2
     if not batched:
-        input = input.unsqueeze(0)
+        input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     input, padding = _pad(input, weight, padding, dilation)
     if rank == 1:
         # A convolution of height 1.  As torch, which makes the input contiguous, this gives a contiguous output.
@@ -199,6 +218,7 @@ def _convolve(
             ((1, *stride), (0, *padding), (1, *dilation), groups),
             activation,
             max_pool and tuple((usual, *sizes) for usual, sizes in zip((1, 1, 0), max_pool, strict=True)),
+            None if residual is None else residual.unsqueeze(2),
             (False, False),
         ).squeeze(2)
     else:
@@ -210,6 +230,7 @@ def _convolve(
             (stride, padding, dilation, groups),
             activation,
             max_pool,
+            residual,
             (weight_format or _is_channels_last(input), weight_format),
         )
     return output if batched else output.squeeze(0)
@@ -222,6 +243,7 @@ def _dispatch(
     geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
     activation: str | None,
     max_pool: tuple[tuple[int, ...], ...] | None,
+    residual: Tensor | None,
     formats: tuple[bool, bool],
 ) -> Tensor:
     """A two-dimensional convolution on the backend that :func:`backend.select` names.
@@ -230,7 +252,9 @@ def _dispatch(
     grad_weight, are channels_last.
     """
     window = () if max_pool is None else sum(max_pool, ())  # as the raw ops have it
-    implementation = backend.select("conv", _IMPLEMENTATIONS, input, weight, bias, *geometry, activation, window)
+    implementation = backend.select(
+        "conv", _IMPLEMENTATIONS, input, weight, bias, *geometry, activation, window, residual
+    )
     # Nothing to launch on no elements; forward mode and functorch need operators that torch can differentiate itself.
     if (
         implementation is _torch
@@ -239,12 +263,13 @@ def _dispatch(
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
-        return _torch.compose(2, input, weight, bias, *geometry, activation, max_pool)
+        return _torch.compose(2, input, weight, bias, *geometry, activation, max_pool, residual)
     tf32 = input.dtype == torch.float32 and _allows_tf32()
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
-        return _Conv.apply(input, weight, bias, implementation, geometry, activation, window, tf32, formats)
+    given = (input, weight, bias, residual)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        return _Conv.apply(*given, implementation, geometry, activation, window, tf32, formats)
     index = ACTIVATIONS.index(activation)
-    return implementation.forward(input, weight, bias, *geometry, index, window, tf32, formats[0], False)[0]
+    return implementation.forward(input, weight, bias, *geometry, index, window, tf32, formats[0], False, residual)[0]
 
 
 def _allows_tf32() -> bool:
@@ -314,9 +339,10 @@ def _check(
     groups: int,
     activation: str | None,
     max_pool: MaxPool | None,
+    residual: Tensor | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...], tuple[tuple[int, ...], ...] | None]:
     """Refuse what no backend serves; stride, padding, dilation and max_pool as tuples (padding may stay a string)."""
-    _check_tensors(op, input, weight, bias)
+    _check_tensors(op, input, weight, bias, residual)
     if input.dim() not in (rank + 1, rank + 2):
         raise ValueError(f"{op}: input has shape {tuple(input.shape)}; it must be {_SHAPES[rank]}")
     if weight.dim() != rank + 2:
@@ -364,10 +390,19 @@ def _check(
             )
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; supported are {', '.join(map(repr, ACTIVATIONS))}")
+    if residual is not None:
+        if max_pool is not None:
+            raise ValueError(
+                f"{op}: residual with max_pool={max_pool}; only one of them can follow a convolution: add the residual "
+                "without max_pool and pool with torch.nn.functional"
+            )
+        shape = (*input.shape[: -rank - 1], out_channels, *size)
+        if residual.shape != shape:
+            raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; it must be the output's, {shape}")
     return stride, padding, dilation, _check_pool(op, rank, max_pool, size)
 
 
-def _check_tensors(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_tensors(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input is a {type(input).__name__}; expected a torch.Tensor")
     dtype = input.dtype
@@ -375,8 +410,8 @@ def _check_tensors(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
         raise TypeError(
             f"{op}: input has dtype {dtype}; supported are {_SUPPORTED_DTYPES}: convert it with input.float()"
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is None and name != "weight":
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; expected a torch.Tensor")

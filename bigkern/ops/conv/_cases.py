@@ -49,6 +49,7 @@ def cases() -> list[Case]:
         make_case((2, 32, 9, 9), (32, 8, 3, 3), padding=1, groups=4, activation="gelu"),
         make_case((2, 16, 11, 11), (16, 16, 3, 3), padding=2, dilation=2, activation="gelu_tanh", max_pool=2),
         make_case((2, 24, 50), (40, 24, 3), padding=1, activation="relu"),
+        make_case((2, 32, 9, 9), (32, 32, 3, 3), padding=1, channels_last=True, activation="relu", residual=True),
     ]
 
 
@@ -64,15 +65,18 @@ def make_case(
     max_pool: Any = None,
     channels_last: bool = False,
     scale: float = 1.0,
+    residual: bool = False,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Case:
-    """A convolution of normal values of that scale, with the gradients of input, weight and bias."""
+    """A convolution of normal values of that scale, with the gradients of input, weight and bias, and of a residual of
+    the input's shape where one is wanted."""
     rank = len(input_shape) - 2
     function = f"conv{rank}d"
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     traits = [f"{name} {value}" for name, value in geometry.items() if value != usual[name]]
     traits += [activation or "", f"max_pool {max_pool}" if max_pool else "", "channels_last" if channels_last else ""]
+    traits += ["residual" if residual else ""]
     traits += [f"scale {scale:g}" if scale != 1 else ""]
 
     def make_inputs(dtype: torch.dtype, device: torch.device | str, seed: int) -> Inputs:
@@ -82,11 +86,14 @@ def make_case(
             return torch.randn(shape, generator=generator, device=device)
 
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return {
+        inputs = {
             "input": (scale * normal(*input_shape)).to(dtype, memory_format=memory_format),
             "weight": (scale * normal(*weight_shape)).to(dtype, memory_format=memory_format),
             "bias": (scale * scale * normal(weight_shape[0])).to(dtype),
         }
+        if residual:
+            inputs["residual"] = (scale * scale * normal(*input_shape)).to(dtype, memory_format=memory_format)
+        return inputs
 
     def call(inputs: Inputs) -> Outputs:
         convolve = conv1d if rank == 1 else conv2d
@@ -96,7 +103,9 @@ def make_case(
     def reference(inputs: Inputs) -> Outputs:
         convolve, pool = (F.conv1d, F.max_pool1d) if rank == 1 else (F.conv2d, F.max_pool2d)
         with _full_float32():
-            output = _ACTIVATIONS[activation](convolve(**inputs, **geometry))
+            plain = {name: tensor for name, tensor in inputs.items() if name != "residual"}
+            output = convolve(**plain, **geometry)
+            output = _ACTIVATIONS[activation](output + inputs["residual"] if residual else output)
         if max_pool is not None:
             output = pool(output, *(max_pool if isinstance(max_pool, tuple) else (max_pool,)))
         return {"output": output}
@@ -109,6 +118,6 @@ def make_case(
         make_inputs=make_inputs,
         call=call,
         reference=reference,
-        gradients=("input", "weight", "bias"),
+        gradients=("input", "weight", "bias", *(("residual",) if residual else ())),
         dtypes=dtypes,
     )

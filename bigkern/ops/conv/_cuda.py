@@ -24,12 +24,13 @@ def unsupported(
     groups: int,
     activation: str | None,
     max_pool: Sequence[int],
+    residual: Tensor | None = None,
 ) -> str | None:
     """Why these arguments cannot be served, in plain words, or None."""
-    reason = _extension.unsupported_tensors("conv_forward", input=input, weight=weight, bias=bias)
+    reason = _extension.unsupported_tensors("conv_forward", input=input, weight=weight, bias=bias, residual=residual)
     if reason is not None:
         return reason
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tensor.dtype != input.dtype:
             return f"{name} is {tensor.dtype} and input {input.dtype}; the CUDA kernels take tensors of one dtype"
     return _schema.unsupported_window(max_pool)
@@ -48,6 +49,7 @@ def forward(
     tf32: bool,
     channels_last: bool,
     need_backward: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, preactivation, argmax); see _schema.py."""
     return torch.ops.bigkern_cuda.conv_forward.default(
@@ -63,6 +65,7 @@ def forward(
         tf32,
         channels_last,
         need_backward,
+        _schema.as_output(residual, channels_last),
     )
 
 

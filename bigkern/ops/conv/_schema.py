@@ -10,6 +10,8 @@ activation, or its maxima over the pooling windows.  Any strides; all tensors of
 * ``argmax`` (uint8): the place in the window, row by row, of the first maximum; of the last NaN where there is one.
 * ``preactivation``: for the activations but relu, what the activation was given where output comes from.  The backward
   pass reads it and ``argmax``, and for relu ``output``; it takes an empty tensor for what it does not read.
+* ``residual``: added to the convolution before the activation; of its shape, and for ``bigkern_cuda`` laid out as
+  output (:func:`as_output`).  Not together with ``max_pool``.
 * ``channels_last``: the memory format of what is returned (output, preactivation and argmax; grad_input; grad_weight).
   ``grad_conv`` is always channels_last.
 * ``tf32``: whether products of fp32 may be rounded to TF32.
@@ -31,7 +33,7 @@ MAX_POOL_WINDOW = 255
 
 _FORWARD = (
     "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups,"
-    " int activation, int[] max_pool, bool tf32, bool channels_last, bool need_backward)"
+    " int activation, int[] max_pool, bool tf32, bool channels_last, bool need_backward, Tensor? residual=None)"
     " -> (Tensor output, Tensor preactivation, Tensor argmax)"
 )
 _BACKWARD_EPILOGUE = (
@@ -85,6 +87,13 @@ def new_tensor(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: t
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
+def as_output(residual: Tensor | None, channels_last: bool) -> Tensor | None:
+    """The residual in the memory format of the output: itself where it is."""
+    if residual is None:
+        return None
+    return residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 def _forward_fake(
     input: Tensor,
     weight: Tensor,
@@ -98,6 +107,7 @@ def _forward_fake(
     tf32: bool,
     channels_last: bool,
     need_backward: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = pooled_size(conv_size(input.shape[2:], weight.shape[2:], stride, padding, dilation), max_pool)
     shape = (input.shape[0], weight.shape[0], *size)

@@ -4,7 +4,7 @@
 mode and functorch are torch's.  With x padded by zeros, s the stride and d the dilation, channel k of group g:
 
     conv[n, k, p, q] = bias[k] + sum over c, i, j of weight[k, c, i, j] * x[n, g * C / groups + c, s p + d i, s q + d j]
-    output = max over the window of activation(conv)
+    output = max over the window of activation(conv), or, without pooling, activation(conv + residual)
 
 :func:`gradients` is the backward pass where it must itself be differentiated.
 """
@@ -30,6 +30,7 @@ def unsupported(
     groups: int,
     activation: str | None,
     max_pool: Sequence[int],
+    residual: Tensor | None = None,
 ) -> str | None:
     """Always None: torch serves whatever the argument checks let through."""
     return None
@@ -46,12 +47,15 @@ def compose(
     groups: int,
     activation: str | None,
     max_pool: int | Sequence | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The convolution of ``rank`` spatial dimensions, the activation, and the maxima; arguments as in the public op.
 
     The operators are called without torch.nn.functional's layers over them, which cost microseconds a call.
     """
     output = _CONVOLUTIONS[rank](input, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        output = output + residual
     if activation == "relu":
         output = torch.relu(output)
     elif activation == "silu":
@@ -75,12 +79,13 @@ def gradients(
     groups: int,
     activation: str | None,
     max_pool: Sequence | None,
+    residual: Tensor | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of a two-dimensional :func:`compose` that are ``needed`` of (input, weight, bias), differentiable
-    with respect to the tensors given, grad_output among them."""
+    """The gradients of a two-dimensional :func:`compose` that are ``needed`` of (input, weight, bias, residual),
+    differentiable with respect to the tensors given, grad_output among them."""
     with torch.enable_grad():
-        output = compose(2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool)
-    wanted = [tensor for tensor, need in zip((input, weight, bias), needed, strict=True) if need]
+        output = compose(2, input, weight, bias, stride, padding, dilation, groups, activation, max_pool, residual)
+    wanted = [tensor for tensor, need in zip((input, weight, bias, residual), needed, strict=True) if need]
     found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
     return [next(found) if need else None for need in needed]

@@ -39,9 +39,12 @@ def unsupported(
     groups: int,
     activation: str | None,
     max_pool: Sequence[int],
+    residual: Tensor | None = None,
 ) -> str | None:
     """Why these arguments cannot be served, in plain words, or None."""
-    reason = support.unsupported_tensors(input=input, weight=weight, bias=bias) or _schema.unsupported_window(max_pool)
+    reason = support.unsupported_tensors(
+        input=input, weight=weight, bias=bias, residual=residual
+    ) or _schema.unsupported_window(max_pool)
     if reason is not None:
         return reason
     if stride[0] * stride[1] > _MAX_GRID:
@@ -62,11 +65,13 @@ def forward(
     tf32: bool,
     channels_last: bool,
     need_backward: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, preactivation, argmax); see _schema.py."""
     return torch.ops.bigkern_triton.conv_forward.default(
-        input, weight, bias, stride, padding, dilation, groups, activation, max_pool, tf32, channels_last, need_backward
-    )
+        input, weight, bias, stride, padding, dilation, groups, activation, max_pool, tf32, channels_last,
+        need_backward, residual
+    )  # fmt: skip
 
 
 def backward_epilogue(
@@ -169,6 +174,7 @@ def _launch_conv(
     source: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     results: tuple[Tensor, Tensor | None, Tensor | None],
     grid_size: Sequence[int],
     conv_size: Sequence[int],
@@ -217,6 +223,7 @@ def _launch_conv(
         source,
         weight,
         bias,
+        residual,
         *results,
         count,
         *output.shape[2:],
@@ -253,8 +260,9 @@ def _launch_conv(
 
 
 def _forward(
-    input, weight, bias, stride, padding, dilation, groups, activation, max_pool, tf32, channels_last, need_backward
-):
+    input, weight, bias, stride, padding, dilation, groups, activation, max_pool, tf32, channels_last, need_backward,
+    residual=None
+):  # fmt: skip
     images, channels, activation = input.shape[0], weight.shape[0], _schema.ACTIVATIONS[activation]
     size = _schema.conv_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (images, channels, *_schema.pooled_size(size, max_pool))
@@ -275,6 +283,7 @@ def _forward(
             _readable(input),
             weight,
             bias,
+            _schema.as_output(residual, channels_last),
             (conv, None, None) if overlapping else results,
             size if overlapping else shape[2:],
             size,
@@ -365,6 +374,7 @@ def _backward_input(grad_conv, weight, input_size, stride, padding, dilation, gr
         _launch_conv(
             _readable(grad_conv),
             weight,
+            None,
             None,
             (grad_input, None, None),
             grid_size,

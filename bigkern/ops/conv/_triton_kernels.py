@@ -185,6 +185,7 @@ def conv_kernel(
     source,  # N x height x width x (groups * reds), strides stride_n, stride_y, stride_x (times ALIGN), 1
     weight,  # (groups * outs) x R x S x reds, contiguous; TRANSPOSED: (groups * reds) x R x S x outs
     bias,  # groups * outs, or None
+    residual,  # as output, or None, and always so where it pools
     output,  # N x result_height x result_width x (groups * outs), contiguous in its format
     preactivation,  # the same, or None
     argmax,  # the same, uint8, or None
@@ -317,6 +318,12 @@ def conv_kernel(
         )  # fmt: skip
         if bias is not None:
             given += tl.load(bias + channel, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            added = _place(
+                image[:, None], result_y[:, None], result_x[:, None], channel[None, :],
+                result_height, result_width, channels, CHANNELS_LAST,
+            )  # fmt: skip
+            given += tl.load(residual + added, mask=inside, other=0.0).to(tl.float32)
         value = _activate(given, ACTIVATION)
         if POOL_H * POOL_W > 1:
             # The first place always counts, lest a window of -inf have none.
