@@ -9,6 +9,7 @@ The name has no "flash" in it: transformers takes whatever has for one of flash-
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def attention_forward(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None:
-        if attention_mask is not None or position_bias is not None or output_attentions:
+        if attention_mask is not None or position_bias is not None or output_attentions or _weights_are_collected():
             raise ValueError(
                 'attn_implementation="bigkern": cu_seq_lens_q came with a mask, a position_bias or output_attentions; '
                 "packed sequences take none of them: leave one out"
@@ -134,7 +135,7 @@ def attention_forward(
     if position_bias is not None:
         attention_mask = _add_bias(position_bias, attention_mask, causal)
         causal = False
-    if output_attentions:
+    if output_attentions or _weights_are_collected():
         return _with_weights(query, key, value, attention_mask, dropout, causal, scaling, softcap, window)
     output = attention(
         query,
@@ -149,6 +150,22 @@ def attention_forward(
         softcap=softcap,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _weights_are_collected() -> bool:
+    """Whether the model was called with ``output_attentions=True``; not every model tells its layers (GPT-2's).
+
+    What transformers collects while a model runs is no public interface, but without a look at it the weights would be
+    missing in silence.  The tests hold it against the pinned release.
+    """
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    if collector is None:
+        return False
+    if torch.compiler.is_compiling():  # a ContextVar cannot be traced
+        collected = collector.global_var if collector.compiling else None
+    else:
+        collected = collector.get()
+    return collected is not None and any("attentions" in key for key in collected)
 
 
 def _packed(
