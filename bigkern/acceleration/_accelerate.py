@@ -42,9 +42,10 @@ def accelerate(
         only: swap these alone.  A path (``"encoder"``, with all below it), a pattern (``"*.norm?"``, as
             :mod:`fnmatch` reads it), a type, or several of them.
         skip: leave these, selected in the same way, alone.
-        fuse: a torch.nn.Sequential with convolutions runs each together with the batch norm (in evaluation), the
-            activation (ReLU, GELU, SiLU) and the max pooling that follow it.  The residual sum before a layer norm is
-            part of it in the Transformer layers whatever this says; elsewhere nobody can be certain of it.
+        fuse: a torch.nn.Sequential with convolutions runs each together with the batch norm (in evaluation, where no
+            gradient of their parameters is asked for), the activation (ReLU, GELU, SiLU) and the max pooling that
+            follow it.  The residual sum before a layer norm is part of it in the Transformer layers whatever this says;
+            elsewhere nobody can be certain of it.
 
     Returns:
         :class:`Report`: a table to print, ``restore()`` and ``verify()``.
@@ -158,18 +159,14 @@ def _select(argument: str, selectors: Selector | Sequence[Selector], paths: dict
 def _matches(module: nn.Module, names: list[str], selector: Selector) -> bool:
     if isinstance(selector, type):
         return type(module) is selector
-    return any(
-        fnmatchcase(name, selector) or fnmatchcase(name, f"{selector}.*") or selector == ROOT for name in names
-    )
+    return any(fnmatchcase(name, selector) or fnmatchcase(name, f"{selector}.*") or selector == ROOT for name in names)
 
 
 def _is_ours(module: nn.Module) -> bool:
     return any(base.__module__.startswith("bigkern.") for base in type(module).__mro__)
 
 
-def _in_nesting_encoders(
-    paths: dict[nn.Module, list[str]], chosen: set | None, skipped: set
-) -> dict[nn.Module, str]:
+def _in_nesting_encoders(paths: dict[nn.Module, list[str]], chosen: set | None, skipped: set) -> dict[nn.Module, str]:
     """Layers of a torch.nn.TransformerEncoder that stays and makes nested tensors, which bigkern's layers refuse."""
     found: dict[nn.Module, str] = {}
     for module, names in paths.items():
@@ -206,10 +203,14 @@ def _fuse(report: Report, paths: dict[nn.Module, list[str]], chosen: set | None,
             continue
         kind = type(module)
         if kind is not nn.Sequential or "forward" in vars(module):
-            reason = "not fused: a subclass of Sequential" if kind is not nn.Sequential else "not fused: its own forward"
+            reason = (
+                "not fused: a subclass of Sequential" if kind is not nn.Sequential else "not fused: its own forward"
+            )
             report.rows.append(Row(names, kind.__name__, None, "", "", reason))
             continue
-        report.rows.append(Row(names, kind.__name__, "FusedSequential", "", "", f"one operation each: {', '.join(runs)}"))
+        report.rows.append(
+            Row(names, kind.__name__, "FusedSequential", "", "", f"one operation each: {', '.join(runs)}")
+        )
         report.add(Swap(module, kind, FusedSequential, {}))
 
 

@@ -1,4 +1,4 @@
-"""Convolution [+ batch norm in evaluation] [+ activation] [+ max pooling] as one operation, in a Sequential.
+"""Convolution [+ batch norm at inference] [+ activation] [+ max pooling] as one operation, in a Sequential.
 
 A Sequential is the one place where it is certain that a module's output goes to its neighbour and nowhere else.  Its
 children stay what they are, at their places and under their names: the class alone says that runs of them are one
@@ -47,8 +47,8 @@ class _Run(NamedTuple):
 class FusedSequential(nn.Sequential):
     """torch.nn.Sequential that runs convolutions together with what follows them; see the top of this file.
 
-    The batch norm is folded into weight and bias anew at each call, as autograd sees it, so that loaded weights, moved
-    statistics and gradients are right.
+    A batch norm is folded into weight and bias where it is in evaluation and the parameters of the two need no gradient
+    (under torch.no_grad, or frozen); anew at each call, so that loaded weights and moved statistics are seen.
     """
 
     def forward(self, input):
@@ -117,7 +117,14 @@ def _folds(conv: nn.Module, norm: nn.Module, kind: _Kind, planning: bool) -> boo
         and norm.running_mean is not None
         and norm.num_features == conv.out_channels
         and norm.running_mean.dtype in (conv.weight.dtype, torch.float32)
-        and (planning or (not norm.training and _is_plain(norm)))
+        and (planning or (not norm.training and _is_plain(norm) and not _needs_gradients(conv, norm)))
+    )
+
+
+def _needs_gradients(*modules: nn.Module) -> bool:
+    """Their gradients are sums that batch norm forms in higher precision than a convolution does."""
+    return torch.is_grad_enabled() and any(
+        param is not None and param.requires_grad for module in modules for param in (module.weight, module.bias)
     )
 
 
@@ -157,11 +164,16 @@ def _call(run: _Run, input: Tensor) -> Tensor:
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(weight, bias) of a convolution that also does what the batch norm does; :func:`bigkern.nn.fold_batch_norm`."""
-    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    # The vectors in float64, which costs nothing: an error of the scale is the same in a whole channel and does not
+    # average out.  The shift with the scale as it is rounded, so that conv and mean go on cancelling.
+    wide = torch.float32 if conv.weight.device.type == "mps" else torch.float64
+    narrow = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    bias = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale
+    scale = scale.to(narrow)
+    mean = norm.running_mean.to(wide)
+    bias = -mean * scale if conv.bias is None else (conv.bias.to(wide) - mean) * scale
     if norm.bias is not None:
         bias = bias + norm.bias
     weight = conv.weight * scale.view(-1, *(1,) * (conv.weight.dim() - 1))

@@ -83,8 +83,12 @@ def _conv_arguments(module: nn.Conv1d | nn.Conv2d, make: Callable[..., Tensor]) 
 
 def _rnn_arguments(module: nn.RNNBase, make: Callable[..., Tensor]) -> tuple:
     states = [make(1, 1, module.hidden_size)] * (2 if module.mode == "LSTM" else 1)
-    return make(1, 1, module.input_size), states, list(module.parameters(recurse=False)), module.mode, bool(
-        module.proj_size
+    return (
+        make(1, 1, module.input_size),
+        states,
+        list(module.parameters(recurse=False)),
+        module.mode,
+        bool(module.proj_size),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bigkern.acceleration._fusion import FusedSequential
 from bigkern.tools.report import print_table
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ class Report:
     def active(self) -> bool:
         """Whether the model is as ``accelerate`` made it, and not restored."""
         return self._active
+
+    @property
+    def folds(self) -> bool:
+        """Whether a batch norm in evaluation may be folded into the convolution before it."""
+        return any(swap.after is FusedSequential for swap in self._swaps)
 
     def restore(self) -> None:
         """Put the model back as it was before ``accelerate``; parameters keep what training has made of them.

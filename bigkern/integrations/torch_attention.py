@@ -77,7 +77,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, None, None, int, int, Tensor, Tensor, Tensor]:
     """``aten::_scaled_dot_product_flash_attention``.  ``rng_state`` is bigkern's philox, [seed, offset]."""
     if return_debug_mask:
-        raise RuntimeError("bigkern's attention never has the dropout mask as a matrix; return_debug_mask must be False")
+        raise RuntimeError(
+            "bigkern's attention never has the dropout mask as a matrix; return_debug_mask must be False"
+        )
     philox = torch.randint(2**63 - 1, (2,), device=query.device) if dropout_p > 0 else None
     options = _options(query, key, is_causal, scale, dropout_p, philox)
     query, key, value = (_unit_rows(tensor) for tensor in (query, key, value))

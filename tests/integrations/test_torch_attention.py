@@ -29,7 +29,9 @@ def on_cpu(emulator):
 
 
 @pytest.mark.parametrize(
-    "implementation, op", [(integration.forward, FLASH), (integration.backward, FLASH_BACKWARD)], ids=["forward", "backward"]
+    "implementation, op",
+    [(integration.forward, FLASH), (integration.backward, FLASH_BACKWARD)],
+    ids=["forward", "backward"],
 )
 def test_signatures_are_torchs(implementation, op):
     ours = list(inspect.signature(implementation).parameters.values())

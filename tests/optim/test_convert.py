@@ -110,7 +110,9 @@ def test_what_it_refuses_stays_as_it_is():
 
     for optimizer in (torch.optim.RMSprop(params), Mine(params)):
         kind = type(optimizer)
-        with pytest.raises(TypeError, match=r"supported are torch\.optim\.Adam, torch\.optim\.AdamW, torch\.optim\.SGD"):
+        with pytest.raises(
+            TypeError, match=r"supported are torch\.optim\.Adam, torch\.optim\.AdamW, torch\.optim\.SGD"
+        ):
             bigkern.optim.convert(optimizer)
         assert type(optimizer) is kind
     replaced = torch.optim.Adam(params)
