@@ -116,12 +116,12 @@ def _check_model(model: nn.Module) -> None:
             "module it was made from, and script no more: torch.compile and torch.export take it"
         )
     fx = sys.modules.get("torch.fx")
-    if fx is not None and isinstance(model, fx.GraphModule):
-        if not any(node.op == "call_module" for node in model.graph.nodes):
-            raise TypeError(
-                "accelerate: model is a graph of operators, as torch.export makes it, and has no layers to swap; "
-                "accelerate the module before it is exported"
-            )
+    is_graph = fx is not None and isinstance(model, fx.GraphModule)
+    if is_graph and not any(node.op == "call_module" for node in model.graph.nodes):
+        raise TypeError(
+            "accelerate: model is a graph of operators, as torch.export makes it, and has no layers to swap; accelerate "
+            "the module before it is exported"
+        )
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if tensor.is_meta:

@@ -7,8 +7,8 @@
     torch.nn.attention.restore_flash_attention_impl()
 
 Then whatever torch would give to flash attention on CUDA (bfloat16 and float16, no mask, head_dim to 256) runs here, in
-every model that calls F.scaled_dot_product_attention; masks and float32 stay with torch's other kernels.  Nested tensors
-and torch.nn.attention.varlen keep torch's flash attention.  Nothing happens until it is activated.
+every model that calls F.scaled_dot_product_attention; masks and float32 stay with torch's other kernels.  Nested
+tensors and torch.nn.attention.varlen keep torch's flash attention.  Nothing happens until it is activated.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def register() -> None:
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         raise RuntimeError(
             f"bigkern.integrations.torch_attention.register: torch {torch.__version__} has no "
-            "torch.nn.attention.register_flash_attention_impl; call bigkern.ops.attention, whose arguments are those of "
-            "F.scaled_dot_product_attention"
+            "torch.nn.attention.register_flash_attention_impl; call bigkern.ops.attention, whose arguments are those "
+            "of F.scaled_dot_product_attention"
         )
     torch.nn.attention.register_flash_attention_impl(NAME, register_fn=override)
 

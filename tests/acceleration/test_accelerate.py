@@ -221,7 +221,7 @@ def test_only_and_skip():
     assert report.counts == {"Conv2d": 1} and kept(report)["layer1.0.conv1"] == "skip"
     with pytest.raises(ValueError, match=r"only='encoder' matches no module; the model has embedding"):
         bigkern.accelerate(make("Transformer"), only="encoder")
-    with pytest.raises(ValueError, match="skip=.*RMSNorm.* matches no module"):
+    with pytest.raises(ValueError, match=r"skip=.*RMSNorm.* matches no module"):
         bigkern.accelerate(make("Transformer"), skip=nn.RMSNorm)
     with pytest.raises(TypeError, match="only has a int"):
         bigkern.accelerate(make("Transformer"), only=[3])
