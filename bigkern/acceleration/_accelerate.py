@@ -116,12 +116,14 @@ def _check_model(model: nn.Module) -> None:
             "module it was made from, and script no more: torch.compile and torch.export take it"
         )
     fx = sys.modules.get("torch.fx")
-    is_graph = fx is not None and isinstance(model, fx.GraphModule)
-    if is_graph and not any(node.op == "call_module" for node in model.graph.nodes):
-        raise TypeError(
-            "accelerate: model is a graph of operators, as torch.export makes it, and has no layers to swap; accelerate "
-            "the module before it is exported"
-        )
+    if fx is not None and isinstance(model, fx.GraphModule):
+        # torch.export adds one call of a module of its own, which checks the inputs.
+        called = {node.target for node in model.graph.nodes if node.op == "call_module"} - {"_guards_fn"}
+        if not called:
+            raise TypeError(
+                "accelerate: model is a graph of operators, as torch.export makes it, and has no layers to swap; "
+                "accelerate the module before it is exported"
+            )
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if tensor.is_meta:

@@ -81,24 +81,18 @@ def _conv_arguments(module: nn.Conv1d | nn.Conv2d, make: Callable[..., Tensor]) 
     return image, weight, bias, (*one, *module.stride), (0, 0), dilation, module.groups, None, ()
 
 
-def _rnn_arguments(module: nn.RNNBase, make: Callable[..., Tensor]) -> tuple:
-    states = [make(1, 1, module.hidden_size)] * (2 if module.mode == "LSTM" else 1)
-    return (
-        make(1, 1, module.input_size),
-        states,
-        list(module.parameters(recurse=False)),
-        module.mode,
-        bool(module.proj_size),
-    )
+def _layer_arguments(module: nn.RNNBase, make: Callable[..., Tensor]) -> tuple:
+    return _recurrent_arguments(module, make, module.mode, bool(module.proj_size))
 
 
-def _cell_arguments(mode: str | None) -> Callable[[nn.Module, Callable[..., Tensor]], tuple]:
-    def arguments(module: nn.RNNCellBase, make: Callable[..., Tensor]) -> tuple:
-        states = [make(1, 1, module.hidden_size)] * (2 if mode == "LSTM" else 1)
-        params = list(module.parameters(recurse=False))
-        return make(1, 1, module.input_size), states, params, mode or f"RNN_{module.nonlinearity.upper()}", False
+def _cell_arguments(module: nn.RNNCellBase, make: Callable[..., Tensor]) -> tuple:
+    mode = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}.get(type(module))
+    return _recurrent_arguments(module, make, mode or f"RNN_{module.nonlinearity.upper()}", False)
 
-    return arguments
+
+def _recurrent_arguments(module: nn.Module, make: Callable[..., Tensor], mode: str, projected: bool) -> tuple:
+    states = [make(1, 1, module.hidden_size)] * (2 if mode == "LSTM" else 1)
+    return make(1, 1, module.input_size), states, list(module.parameters(recurse=False)), mode, projected
 
 
 def _attention_arguments(module: nn.MultiheadAttention, make: Callable[..., Tensor]) -> tuple:
@@ -107,20 +101,24 @@ def _attention_arguments(module: nn.MultiheadAttention, make: Callable[..., Tens
     return q, k, v, None, None, None, None, 1, 1, -1, -1, False, 0.0, scale, 0.0, None, False
 
 
-_NO_INSTANCE = "is no longer an instance of torch.nn's class"
-_RECURRENT = {"op": "rnn", "arguments": _rnn_arguments, "attributes": {"recurrent_dropout": 0.0}, "note": _NO_INSTANCE}
+def _recurrent_layer(ours: type[nn.Module], theirs: type[nn.Module]) -> Rule:
+    # Whatever options bigkern's layer has beyond torch's, at their defaults, by which they do nothing.
+    has = vars(theirs(1, 1, device="meta"))
+    added = {name: value for name, value in vars(ours(1, 1, device="meta")).items() if name not in has}
+    return Rule(ours, "rnn", _layer_arguments, added, "is no longer an instance of torch.nn's class")
+
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: Rule(bigkern.nn.LayerNorm, "layer_norm", _norm_arguments(False)),
     nn.RMSNorm: Rule(bigkern.nn.RMSNorm, "layer_norm", _norm_arguments(True)),
     nn.Conv1d: Rule(bigkern.nn.Conv1d, "conv", _conv_arguments),
     nn.Conv2d: Rule(bigkern.nn.Conv2d, "conv", _conv_arguments),
-    nn.RNN: Rule(bigkern.nn.RNN, **_RECURRENT),
-    nn.LSTM: Rule(bigkern.nn.LSTM, **_RECURRENT),
-    nn.GRU: Rule(bigkern.nn.GRU, **_RECURRENT),
-    nn.RNNCell: Rule(bigkern.nn.RNNCell, "rnn", _cell_arguments(None)),
-    nn.LSTMCell: Rule(bigkern.nn.LSTMCell, "rnn", _cell_arguments("LSTM")),
-    nn.GRUCell: Rule(bigkern.nn.GRUCell, "rnn", _cell_arguments("GRU")),
+    nn.RNN: _recurrent_layer(bigkern.nn.RNN, nn.RNN),
+    nn.LSTM: _recurrent_layer(bigkern.nn.LSTM, nn.LSTM),
+    nn.GRU: _recurrent_layer(bigkern.nn.GRU, nn.GRU),
+    nn.RNNCell: Rule(bigkern.nn.RNNCell, "rnn", _cell_arguments),
+    nn.LSTMCell: Rule(bigkern.nn.LSTMCell, "rnn", _cell_arguments),
+    nn.GRUCell: Rule(bigkern.nn.GRUCell, "rnn", _cell_arguments),
     nn.MultiheadAttention: Rule(
         bigkern.nn.MultiheadAttention,
         "attention",
