@@ -313,6 +313,7 @@ def test_report_shows_everything():
         assert "torch was asked for" in str(bigkern.accelerate(UNet()))
 
 
+@pytest.mark.emulated
 def test_report_names_the_backend_and_its_reasons(emulator):
     with bigkern.use_backend("cuda"):
         model = nn.ModuleList([nn.LSTM(4, 4), nn.LSTM(4, 4, proj_size=2), nn.LayerNorm(4).double()])

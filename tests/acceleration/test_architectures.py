@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import bigkern
 from tests.acceleration.architectures import ARCHITECTURES, inputs, make
@@ -59,14 +60,19 @@ def same(before, after):
         assert all(x is y for (_, x), (_, y) in zip(parameters, after[name][3], strict=True))
 
 
-def check(model, batch, counts, gradients=True):
+def on(device, batch):
+    return pytree.tree_map(lambda x: x.detach().to(device).requires_grad_(x.requires_grad), batch)
+
+
+def check(model, batch, counts, device):
+    model.to(device)
     before, state = snapshot(model), copy.deepcopy(model.state_dict())
     report = bigkern.accelerate(model)
     assert report.counts == counts, report
     assert list(model.state_dict()) == list(state)
-    verification = report.verify(batch, repeats=1)
-    assert verification.passed, verification
-    assert gradients == any(row.kind == "gradient" for row in verification.rows)
+    verification = report.verify(on(device, batch), repeats=1)
+    assert verification.passed, str(verification)
+    assert any(row.kind == "gradient" for row in verification.rows)
     report.restore()
     same(before, snapshot(model))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -74,21 +80,22 @@ def check(model, batch, counts, gradients=True):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_restated_models(name):
-    check(make(name), inputs(name), SWAPPED[name])
+def test_restated_models(name, device):
+    check(make(name), inputs(name), SWAPPED[name], device)
 
 
 @pytest.mark.parametrize("name", ["ResNet", "UNet", "GRU tagger", "cells"])
-def test_in_training_mode(name):
-    """Batch statistics are each batch's, and the running ones move once."""
-    model = make(name)
+def test_in_training_mode(name, device):
+    """Batch statistics are each batch's; the running ones are put back."""
+    model = make(name).to(device)
     report = bigkern.accelerate(model)
     buffers = copy.deepcopy(dict(model.named_buffers()))
-    verification = report.verify(inputs(name), training=True, repeats=1)
-    assert verification.passed, verification
+    verification = report.verify(on(device, inputs(name)), training=True, repeats=1)
+    assert verification.passed, str(verification)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", ["speech encoder", "MobileNet", "GRU tagger"])
 def test_on_the_emulated_kernels(name, emulator, monkeypatch):
     """The hand-written kernels in the place of torch's, in the same model."""
@@ -98,16 +105,16 @@ def test_on_the_emulated_kernels(name, emulator, monkeypatch):
         report = bigkern.accelerate(model)
         assert {row.backend for row in report.swapped} <= {"cuda", ""}, report
         verification = report.verify(inputs(name), repeats=1)
-    assert verification.passed, verification
+    assert verification.passed, str(verification)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("attention", ["eager", "bigkern"])
-def test_models_of_transformers(name, attention):
+def test_models_of_transformers(name, attention, device):
     pytest.importorskip("transformers", minversion="5.0")
     from bigkern.integrations.transformers import register
     from tests.integrations import transformer_models as models
 
     register()
-    report = check(models.make(name, attention), models.inputs(name), TRANSFORMERS[name])
+    report = check(models.make(name, attention), models.inputs(name), TRANSFORMERS[name], device)
     assert ('attention of transformers runs "eager"' in str(report)) == (attention == "eager")

@@ -58,6 +58,7 @@ def test_only_the_user_activates_it():
     assert torch_attention.current_flash_attention_impl() is None
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("causal, heads, layout", [(True, 2, "joined"), (False, 1, "contiguous")])
 def test_torchs_op_runs_the_kernels(on_cpu, causal, heads, layout):
     """Grouped queries, strides of a projection, scale; results and gradients in the inputs' layouts."""
@@ -91,6 +92,7 @@ def test_torchs_op_runs_the_kernels(on_cpu, causal, heads, layout):
         assert_close(f"gradient of {name}", *results)
 
 
+@pytest.mark.emulated
 def test_dropout_is_redrawn_by_the_backward(on_cpu):
     """The gradient is that of the mask which the forward drew: the sum of p_ij is linear in v."""
     torch.manual_seed(0)
@@ -106,6 +108,7 @@ def test_dropout_is_redrawn_by_the_backward(on_cpu):
     assert not torch.equal(FLASH(q, k, v, 0.5)[0], output)
 
 
+@pytest.mark.emulated
 def test_what_it_cannot_serve_is_refused(on_cpu):
     x = torch.randn(1, 1, 4, 512).bfloat16()
     with pytest.raises(RuntimeError, match=r"head_dim is 512.*restore_flash_attention_impl"):

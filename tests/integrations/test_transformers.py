@@ -39,13 +39,14 @@ def in_double(batch):
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients_match_eager(name, padding):
+def test_logits_and_gradients_match_eager(name, padding, device):
     if padding == "left" and name == "gemma2":
         padding = "right"  # no torch attention has its softcap, and eager's gradient of a row without keys is NaN
     batch = inputs(name, padding)
     if padding != "none" and "attention_mask" not in batch:
         pytest.skip("takes no padding")
-    ours, eager = make(name, "bigkern"), make(name)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    ours, eager = make(name, "bigkern").to(device), make(name).to(device)
     assert ours.config._attn_implementation == "bigkern"
     logits, grads = run(ours, batch)
     eager_logits, eager_grads = run(eager, batch)
@@ -65,6 +66,7 @@ def test_logits_and_gradients_match_eager(name, padding):
         assert error <= 2 * own + torch.finfo(torch.float32).eps * largest, param
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_emulated_kernels(name, emulator):
     """The hand-written kernels themselves; grouped queries, a padding mask and a causal one."""
