@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5.0")
 
-from tests.acceleration import documents  # noqa: E402
+from tests.acceleration import documents
 
 
 def test_the_code_runs(capsys):
