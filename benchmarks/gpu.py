@@ -83,6 +83,8 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
                 "tests/nn",
                 "tests/optim",
                 "tests/models",
+                "tests/acceleration/test_architectures.py",
+                "tests/integrations",
                 "tests/test_backend.py",
                 *on,
             ],

@@ -122,6 +122,23 @@ def select(op: str, implementations: dict[str, ModuleType], *args) -> ModuleType
     raise BackendError(f"{op}: no backend can serve these arguments:\n{_lines(reasons)}")
 
 
+def explain(op: str, implementations: dict[str, ModuleType], *args) -> tuple[str | None, dict[str, str]]:
+    """(name, reasons): what :func:`select` would take for these arguments, and why each better backend cannot serve.
+
+    The name is None, with every backend's reason, where :func:`select` would raise.  Nothing is raised or warned here.
+    """
+    name = requested()
+    if name is None and not args[0].is_cuda:
+        return "torch", {}
+    reasons = {}
+    for candidate in NAMES if name is None else (name,):
+        reason = _objection(candidate, op, implementations, args)
+        if reason is None:
+            return candidate, reasons
+        reasons[candidate] = reason
+    return None, reasons
+
+
 def quarantine(name: str, op: str, reason: str) -> None:
     """Keep backend ``name`` from serving ``op`` for the rest of the process, as when its self-check failed."""
     _check_name(name, "quarantine")

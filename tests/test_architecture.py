@@ -17,7 +17,7 @@ PACKAGE = ROOT / "bigkern"
 CSRC = ROOT / "csrc"
 
 # A layer may import itself and those before it.
-LAYERS = ["backend", "ops", "nn", "optim", "models", "integrations", "training", "tools", "cli"]
+LAYERS = ["backend", "ops", "nn", "optim", "models", "integrations", "training", "tools", "acceleration", "cli"]
 # nn and optim stand side by side, as do integrations, training and tools: none of them may see the other.
 SIDE_BY_SIDE = [{"nn", "optim"}, {"integrations", "tools"}]
 
@@ -183,7 +183,7 @@ before = {name.split(".")[0] for name in sys.modules}
 def forbidden(*args, **kwargs):
     raise AssertionError("a CUDA call at import")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = forbidden
-import bigkern, bigkern.models, bigkern.nn, bigkern.ops
+import bigkern, bigkern.acceleration, bigkern.integrations, bigkern.models, bigkern.nn, bigkern.ops
 assert bigkern.__file__.startswith(sys.argv[1]), bigkern.__file__
 assert not torch.cuda.is_initialized()
 optional = {"triton", "rich", "sklearn", "matplotlib", "transformers", "torchvision"}
