@@ -21,6 +21,9 @@ MAX_HEAD_DIM = 256
 _MAX_SEQLEN = 2**29
 _NO_LIMIT = 2**30
 
+# Columns of fp32 factors in registers at a time.
+_CHUNK = 32
+
 _LOG2E = 1.4426950408889634
 
 _loaded_kernels = None
@@ -180,13 +183,13 @@ class Tile(NamedTuple):
 def _forward_tile(dim: int, dtype: torch.dtype, plain: bool) -> Tile:
     """dim: the padded one."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 4 if dim <= 64 else 8, 2)
     return Tile(128, 64, 4 if dim <= 64 else 8, 3) if dim <= 128 else Tile(64, 32, 8, 2)
 
 
 def _keys_tile(dim: int, dtype: torch.dtype, plain: bool) -> Tile:
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 4 if dim <= 64 else 8, 2)
     return Tile(64, 64, 4 if dim <= 64 else 8, 2) if dim <= 128 else Tile(32, 32, 8, 2)
 
 
@@ -258,6 +261,7 @@ class _Call:
             SOFTCAP=softcap > 0.0,
             QUADS=max_seqlen_k % 4 == 0,
             PRECISION="ieee" if self.dtype == torch.float32 and not tf32 else "tf32",
+            CHUNK=min(_CHUNK, _padded(self.head_dim), _padded(self.value_dim)),
         )
 
     def tile(self, choose) -> Tile:

@@ -81,11 +81,34 @@ def _head_start(tensor, batch, head, first, stride_batch, stride_head, stride_ro
 
 
 @triton.jit
-def _load_rows(start, row, rows, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows of a head, zeros beyond the last of them and beyond DIM columns."""
-    col = tl.arange(0, BLOCK)[None, :]
+def _load_rows(
+    start, row, rows, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, first_col=0
+):  # fmt: skip
+    """BLOCK columns of rows of a head, zeros beyond the last row and beyond DIM columns."""
+    col = (first_col + tl.arange(0, BLOCK))[None, :]
     inside = (row < rows)[:, None] & (col < DIM)
     return tl.load(start + row.to(tl.int64)[:, None] * stride * ALIGN + col, mask=inside, other=0.0)
+
+
+@triton.jit
+def _products(
+    a, a_start, a_row, a_rows, a_stride, b, b_start, b_row, b_rows, b_stride,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """a b^T of two tiles of rows.
+
+    Without tensor cores each thread would hold all that it multiplies in registers, where it does not fit: there, CHUNK
+    columns at a time come from memory.
+    """
+    if PRECISION == "ieee":
+        result = tl.zeros((a_row.shape[0], b_row.shape[0]), tl.float32)
+        for first in tl.range(0, BLOCK, CHUNK, num_stages=1):
+            a_part = _load_rows(a_start, a_row, a_rows, a_stride, DIM, CHUNK, ALIGN, first)
+            b_part = _load_rows(b_start, b_row, b_rows, b_stride, DIM, CHUNK, ALIGN, first)
+            result = tl.dot(a_part, tl.trans(b_part), result, input_precision=PRECISION)
+        return result
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
 
 @triton.jit
@@ -101,9 +124,13 @@ def _store_rows(
 
 @triton.jit
 def _key_tiles(
-    row0, queries, keys, shift, window_left, window_right, QUERIES: tl.constexpr, KEYS: tl.constexpr
+    row0, queries, keys, shift, window_left, window_right, WHOLE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """The tiles of keys that rows from row0 on may see: the first, how many; and of those that each sees whole."""
+    """The tiles of keys that rows from row0 on may see: the first, how many; and of those that each sees whole.
+
+    Those are not told apart unless WHOLE.
+    """
     last = tl.minimum(row0 + QUERIES, queries) - 1
     begin = tl.maximum(row0 + shift - window_left, 0)
     end = tl.minimum(keys, last + shift + window_right + 1)
@@ -111,12 +138,14 @@ def _key_tiles(
     count = tl.where(end > begin, tl.cdiv(tl.maximum(end, 0), KEYS) - first, 0)
     whole_first = tl.maximum(tl.cdiv(tl.maximum(last + shift - window_left, 0), KEYS), first)
     whole_end = tl.minimum(keys, tl.maximum(row0 + shift + window_right + 1, 0)) // KEYS
-    return first, count, whole_first, tl.maximum(whole_end - whole_first, 0)
+    whole = tl.maximum(whole_end - whole_first, 0) if WHOLE else 0
+    return first, count, whole_first, whole
 
 
 @triton.jit
 def _query_tiles(
-    key0, queries, keys, shift, window_left, window_right, QUERIES: tl.constexpr, KEYS: tl.constexpr
+    key0, queries, keys, shift, window_left, window_right, WHOLE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """The same of the tiles of queries that may see keys from key0 on; rows beyond the last query count as seeing."""
     last = tl.minimum(key0 + KEYS, keys) - 1
@@ -127,7 +156,8 @@ def _query_tiles(
     whole_first = tl.maximum(tl.cdiv(tl.maximum(last - shift - window_right, 0), QUERIES), first)
     limit = tl.maximum(key0 - shift + window_left + 1, 0)
     whole_end = tl.where(limit >= queries, tl.cdiv(queries, QUERIES), limit // QUERIES)
-    return first, count, whole_first, tl.where(count > 0, tl.maximum(whole_end - whole_first, 0), 0)
+    whole = tl.where(count > 0, tl.maximum(whole_end - whole_first, 0), 0) if WHOLE else 0
+    return first, count, whole_first, whole
 
 
 @triton.jit
@@ -257,6 +287,7 @@ def attention_forward_kernel(
     PLAIN: tl.constexpr,
     QUADS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -276,20 +307,24 @@ def attention_forward_kernel(
     v_start = _head_start(value, home, head // group, first_k, value_batch, value_head, value_row, ALIGN)
     mask = _mask_start(mask, batch, head, mask_batch, mask_head, MASK_ALIGN)
     slope = _slope(slopes, batch, head, slopes_batch)
+    WHOLE: tl.constexpr = PRECISION != "ieee"  # otherwise a comparison costs little beside the products
     first, count, whole_first, whole = _key_tiles(
-        row0, queries, keys, shift, window_left, window_right, QUERIES, KEYS
+        row0, queries, keys, shift, window_left, window_right, WHOLE, QUERIES, KEYS
     )  # fmt: skip
 
     q = _load_rows(q_start, row, queries, query_row, HEAD_DIM, BLOCK_D, ALIGN)
     acc = tl.zeros((QUERIES, BLOCK_V), tl.float32)
     top = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    for cut in tl.static_range(2):
+    for cut in tl.static_range(0 if WHOLE else 1, 2):
         for index in tl.range(0, count - whole if cut else whole, num_stages=STAGES):
             key0 = _tile(index, first, whole_first, whole, cut) * KEYS
             col = key0 + tl.arange(0, KEYS)
             k = _load_rows(k_start, col, keys, key_row, HEAD_DIM, BLOCK_D, ALIGN)
-            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            products = _products(
+                q, q_start, row, queries, query_row, k, k_start, col, keys, key_row,
+                HEAD_DIM, BLOCK_D, ALIGN, PRECISION, CHUNK
+            )  # fmt: skip
             scores, _ = _scores(
                 products, row[:, None], col[None, :], queries, keys, shift, mask, mask_row, mask_col, slope, scale,
                 softcap, PLAIN, SOFTCAP, MASK_ALIGN
@@ -423,6 +458,7 @@ def attention_backward_keys_kernel(
     PLAIN: tl.constexpr,
     QUADS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -441,15 +477,16 @@ def attention_backward_keys_kernel(
     row = key0 + tl.arange(0, KEYS)
     k_start = _head_start(key, home, kv_head, first_k, key_batch, key_head, key_row, ALIGN)
     v_start = _head_start(value, home, kv_head, first_k, value_batch, value_head, value_row, ALIGN)
+    WHOLE: tl.constexpr = PRECISION != "ieee"  # otherwise a comparison costs little beside the products
     first, count, whole_first, whole = _query_tiles(
-        key0, queries, keys, shift, window_left, window_right, QUERIES, KEYS
+        key0, queries, keys, shift, window_left, window_right, WHOLE, QUERIES, KEYS
     )  # fmt: skip
 
     k = _load_rows(k_start, row, keys, key_row, HEAD_DIM, BLOCK_D, ALIGN)
     v = _load_rows(v_start, row, keys, value_row, VALUE_DIM, BLOCK_V, ALIGN)
     grad_k = tl.zeros((KEYS, BLOCK_D), tl.float32)
     grad_v = tl.zeros((KEYS, BLOCK_V), tl.float32)
-    for cut in tl.static_range(2):
+    for cut in tl.static_range(0 if WHOLE else 1, 2):
         steps = count - whole if cut else whole
         for index in tl.range(0, steps * group, num_stages=STAGES):
             head = kv_head * group + index // steps
@@ -463,7 +500,15 @@ def attention_backward_keys_kernel(
             row_base = tl.load(base + statistic, mask=col < queries, other=float("inf"))
             row_delta = tl.load(delta + statistic, mask=col < queries, other=0.0)
 
-            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if PRECISION == "ieee":  # as forward multiplies, or else the scores would round differently from lse's
+                products = tl.trans(
+                    _products(
+                        q, q_start, col, queries, query_row, k, k_start, row, keys, key_row,
+                        HEAD_DIM, BLOCK_D, ALIGN, PRECISION, CHUNK
+                    )
+                )  # fmt: skip
+            else:
+                products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores, derivative = _scores(
                 products, col[None, :], row[:, None], queries, keys, shift,
                 _mask_start(mask, batch, head, mask_batch, mask_head, MASK_ALIGN), mask_row, mask_col,
@@ -472,7 +517,10 @@ def attention_backward_keys_kernel(
             if cut:
                 scores = _seen(scores, col[None, :], row[:, None], keys, shift, window_left, window_right)
             weights = _exponential(scores, row_base[None, :], factor, PLAIN)
-            grads = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+            grads = _products(
+                v, v_start, row, keys, value_row, g, g_start, col, queries, grad_row,
+                VALUE_DIM, BLOCK_V, ALIGN, PRECISION, CHUNK
+            )  # fmt: skip
             kept_weights = weights
             if philox is not None:
                 keep = tl.trans(
@@ -492,13 +540,18 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def _grad_scores(
-    q, g, k, v, row_base, row_delta, row, col, key0, batch, head, heads, queries, keys, shift, seqlen_q, seqlen_k,
+    q, q_start, query_row, g, g_start, grad_row, k, k_start, key_row, v, v_start, value_row,
+    row_base, row_delta, row, col, key0, batch, head, heads, queries, keys, shift, seqlen_q, seqlen_k,
     mask, mask_row, mask_col, slope, philox, window_left, window_right, scale, factor, softcap, dropout_p,
     dropout_scale, CUT: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, MASK_ALIGN: tl.constexpr,
-    QUADS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+    QUADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """ds of a QUERIES x KEYS tile, and the derivative c."""
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    products = _products(
+        q, q_start, row, queries, query_row, k, k_start, col, keys, key_row,
+        HEAD_DIM, BLOCK_D, ALIGN, PRECISION, CHUNK
+    )  # fmt: skip
     scores, derivative = _scores(
         products, row[:, None], col[None, :], queries, keys, shift, mask, mask_row, mask_col, slope, scale, softcap,
         PLAIN, SOFTCAP, MASK_ALIGN
@@ -506,7 +559,10 @@ def _grad_scores(
     if CUT:
         scores = _seen(scores, row[:, None], col[None, :], keys, shift, window_left, window_right)
     weights = _exponential(scores, row_base[:, None], factor, PLAIN)
-    grads = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    grads = _products(
+        g, g_start, row, queries, grad_row, v, v_start, col, keys, value_row,
+        VALUE_DIM, BLOCK_V, ALIGN, PRECISION, CHUNK
+    )  # fmt: skip
     if philox is not None:
         keep = _kept(philox, batch, head, heads, row, key0, seqlen_q, seqlen_k, dropout_p, QUERIES, KEYS, QUADS)
         grads = tl.where(keep, grads * dropout_scale, 0.0)
@@ -569,6 +625,7 @@ def attention_backward_queries_kernel(
     PLAIN: tl.constexpr,
     QUADS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -589,8 +646,9 @@ def attention_backward_queries_kernel(
     v_start = _head_start(value, home, head // group, first_k, value_batch, value_head, value_row, ALIGN)
     mask = _mask_start(mask, batch, head, mask_batch, mask_head, MASK_ALIGN)
     slope = _slope(slopes, batch, head, slopes_batch)
+    WHOLE: tl.constexpr = PRECISION != "ieee"  # otherwise a comparison costs little beside the products
     first, count, whole_first, whole = _key_tiles(
-        row0, queries, keys, shift, window_left, window_right, QUERIES, KEYS
+        row0, queries, keys, shift, window_left, window_right, WHOLE, QUERIES, KEYS
     )  # fmt: skip
 
     q = _load_rows(q_start, row, queries, query_row, HEAD_DIM, BLOCK_D, ALIGN)
@@ -599,16 +657,18 @@ def attention_backward_queries_kernel(
     row_base = tl.load(base + statistic, mask=row < queries, other=float("inf"))
     row_delta = tl.load(delta + statistic, mask=row < queries, other=0.0)
     grad_q = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-    for cut in tl.static_range(2):
+    for cut in tl.static_range(0 if WHOLE else 1, 2):
         for index in tl.range(0, count - whole if cut else whole, num_stages=STAGES):
             key0 = _tile(index, first, whole_first, whole, cut) * KEYS
             col = key0 + tl.arange(0, KEYS)
             k = _load_rows(k_start, col, keys, key_row, HEAD_DIM, BLOCK_D, ALIGN)
             v = _load_rows(v_start, col, keys, value_row, VALUE_DIM, BLOCK_V, ALIGN)
             grads, derivative = _grad_scores(
-                q, g, k, v, row_base, row_delta, row, col, key0, batch, head, heads, queries, keys, shift, seqlen_q,
-                seqlen_k, mask, mask_row, mask_col, slope, philox, window_left, window_right, scale, factor, softcap,
-                dropout_p, dropout_scale, cut, SOFTCAP, PLAIN, MASK_ALIGN, QUADS, PRECISION, QUERIES, KEYS
+                q, q_start, query_row, g, g_start, grad_row, k, k_start, key_row, v, v_start, value_row,
+                row_base, row_delta, row, col, key0, batch, head, heads, queries, keys, shift, seqlen_q, seqlen_k,
+                mask, mask_row, mask_col, slope, philox, window_left, window_right, scale, factor, softcap,
+                dropout_p, dropout_scale, cut, SOFTCAP, PLAIN, MASK_ALIGN, QUADS, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_V, ALIGN, PRECISION, CHUNK, QUERIES, KEYS
             )  # fmt: skip
             grad_q = tl.dot((grads * derivative).to(k.dtype), k, grad_q, input_precision=PRECISION)
     _store_rows(grad_query, grad_q * scale, home, head, first_q, row, queries, total_q, heads, HEAD_DIM, BLOCK_D)
@@ -669,6 +729,7 @@ def attention_backward_mask_kernel(
     SOFTCAP: tl.constexpr,
     QUADS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -704,10 +765,12 @@ def attention_backward_mask_kernel(
             row_base = tl.load(base + statistic, mask=row < seqlen_q, other=float("inf"))
             row_delta = tl.load(delta + statistic, mask=row < seqlen_q, other=0.0)
             grads, _ = _grad_scores(
-                q, g, k, v, row_base, row_delta, row, col, key0, batch, head, heads, seqlen_q, seqlen_k, shift,
-                seqlen_q, seqlen_k, _mask_start(mask, batch, head, mask_batch, mask_head, MASK_ALIGN), mask_row,
-                mask_col, _slope(slopes, batch, head, slopes_batch), philox, window_left, window_right, scale, scale,
-                softcap, dropout_p, dropout_scale, True, SOFTCAP, False, MASK_ALIGN, QUADS, PRECISION, QUERIES, KEYS
+                q, q_start, query_row, g, g_start, grad_row, k, k_start, key_row, v, v_start, value_row,
+                row_base, row_delta, row, col, key0, batch, head, heads, seqlen_q, seqlen_k, shift, seqlen_q, seqlen_k,
+                _mask_start(mask, batch, head, mask_batch, mask_head, MASK_ALIGN), mask_row, mask_col,
+                _slope(slopes, batch, head, slopes_batch), philox, window_left, window_right, scale, scale, softcap,
+                dropout_p, dropout_scale, True, SOFTCAP, False, MASK_ALIGN, QUADS, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_V, ALIGN, PRECISION, CHUNK, QUERIES, KEYS
             )  # fmt: skip
             acc += grads
 
