@@ -21,8 +21,8 @@ MAX_HEAD_DIM = 256
 _MAX_SEQLEN = 2**29
 _NO_LIMIT = 2**30
 
-# Columns of fp32 factors in registers at a time.
-_CHUNK = 32
+# Columns of fp32 factors in registers at a time; all of them in the interpreter, which has no registers.
+_CHUNK = MAX_HEAD_DIM if support.INTERPRETED else 32
 
 _LOG2E = 1.4426950408889634
 
@@ -180,21 +180,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _forward_tile(dim: int, dtype: torch.dtype, plain: bool) -> Tile:
-    """dim: the padded one."""
+def _tile(kernel: str, dim: int, dtype: torch.dtype, plain: bool) -> Tile:
+    """For "forward", "keys" or "queries", of which the latter two are backward's; dim is the padded one.
+
+    Bound by registers: twice any of these spills somewhere (tests/triton/test_attention_aot.py watches).
+    """
+    if support.INTERPRETED:  # which has none, and takes its time by the tile
+        return Tile(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Tile(32, 32, 4 if dim <= 64 else 8, 2)
-    return Tile(128, 64, 4 if dim <= 64 else 8, 3) if dim <= 128 else Tile(64, 32, 8, 2)
-
-
-def _keys_tile(dim: int, dtype: torch.dtype, plain: bool) -> Tile:
-    if dtype == torch.float32:
-        return Tile(32, 32, 4 if dim <= 64 else 8, 2)
-    return Tile(64, 64, 4 if dim <= 64 else 8, 2) if dim <= 128 else Tile(32, 32, 8, 2)
-
-
-def _queries_tile(dim: int, dtype: torch.dtype, plain: bool) -> Tile:
-    return _keys_tile(dim, dtype, plain)
+        return Tile(32, 32, 4 if dim <= 64 and kernel != "keys" else 8, 2)
+    if kernel == "forward":
+        return Tile(64, 32, 8, 2) if dim > 128 else Tile(128, 64, 4 if dim <= 64 and plain else 8, 3)
+    if dim <= 64 and plain:
+        return Tile(64, 64, 4, 2)
+    if dim <= 128:
+        return Tile(32, 64, 8, 2) if kernel == "keys" else Tile(64, 32, 8, 2)
+    return Tile(32, 32, 8, 2)
 
 
 def _fitting(tile: Tile, seqlen_q: int, seqlen_k: int) -> Tile:
@@ -222,8 +223,10 @@ class _Call:
         self.seqlen_q, self.seqlen_k = max_seqlen_q, max_seqlen_k
         self.total_q, self.total_k = query.shape[2], key.shape[2]
         self.head_dim, self.value_dim = query.shape[3], value.shape[3]
-        self.dtype, self.scale = query.dtype, scale
-        self.plain = attn_mask is None and alibi_slopes is None and softcap == 0.0 and philox is None and scale > 0.0
+        self.dtype = query.dtype
+        exact = self.dtype == torch.float32 and not tf32
+        featured = attn_mask is not None or alibi_slopes is not None or softcap > 0.0 or philox is not None
+        self.plain = not featured and scale > 0.0 and not exact
         self.empty = 0 in (
             self.batch, self.seqlen_q, self.seqlen_k, query.numel(), key.numel(), value.numel()
         )  # fmt: skip
@@ -247,6 +250,7 @@ class _Call:
         self.philox = philox
         self.group = self.heads // max(self.kv_heads, 1)
         self.windows = tuple(_NO_LIMIT if side < 0 else min(side, _NO_LIMIT) for side in (window_left, window_right))
+        self.factors = (scale, _LOG2E * scale if self.plain else _LOG2E)
         self.dropout = (dropout_p, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
         self.softcap = softcap
         self.strides = (*(stride // align for stride in strides), *mask_strides, slopes_batch)
@@ -260,13 +264,13 @@ class _Call:
             BOTTOM_RIGHT=bottom_right,
             SOFTCAP=softcap > 0.0,
             QUADS=max_seqlen_k % 4 == 0,
-            PRECISION="ieee" if self.dtype == torch.float32 and not tf32 else "tf32",
+            PRECISION="ieee" if exact else "tf32",
             CHUNK=min(_CHUNK, _padded(self.head_dim), _padded(self.value_dim)),
         )
 
-    def tile(self, choose) -> Tile:
+    def tile(self, kernel: str) -> Tile:
         dim = max(self.constants["BLOCK_D"], self.constants["BLOCK_V"])
-        return _fitting(choose(dim, self.dtype, self.plain), self.seqlen_q, self.seqlen_k)
+        return _fitting(_tile(kernel, dim, self.dtype, self.plain), self.seqlen_q, self.seqlen_k)
 
     def result(self, like: Tensor, heads: int, rows: int, dim: int) -> Tensor:
         """(batch, heads, rows, dim), with rows outermost but for the batch in memory."""
@@ -286,7 +290,7 @@ def _forward(query, key, value, *options):
         lse.fill_(-math.inf)
     if call.empty:
         return output, lse
-    tile = call.tile(_forward_tile)
+    tile = call.tile("forward")
     tiles = _ceil_div(call.seqlen_q, tile.queries)
     with support.device_guard(query.device):
         _kernels().attention_forward_kernel[(tiles * call.heads * call.batch,)](
@@ -303,7 +307,7 @@ def _forward(query, key, value, *options):
             call.total_k,
             tiles,
             *call.windows,
-            call.scale * _LOG2E if call.plain else call.scale,
+            *call.factors,
             call.softcap,
             *call.dropout,
             *call.strides,
@@ -327,7 +331,6 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
         return grad_query, grad_key, grad_value, grad_mask
 
     base, delta = torch.empty_like(lse), torch.empty_like(lse)
-    factor = call.scale * _LOG2E
     kernels = _kernels()
     with support.device_guard(query.device):
         rows = max(16, 8192 // call.constants["BLOCK_V"])
@@ -352,10 +355,10 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             QUERIES=rows,
             num_warps=8,
         )
-        tile = call.tile(_keys_tile)
+        tile = call.tile("keys")
         tiles = _ceil_div(call.seqlen_k, tile.keys)
         numbers = (call.heads, call.group, call.seqlen_q, call.seqlen_k)
-        rest = (*call.windows, call.scale, factor, call.softcap, *call.dropout, *call.strides)
+        rest = (*call.windows, *call.factors, call.softcap, *call.dropout, *call.strides)
         kernels.attention_backward_keys_kernel[(tiles * call.kv_heads * call.batch,)](
             *call.tensors,
             *call.cu_seqlens,
@@ -374,7 +377,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             PLAIN=call.plain,
             **_blocks(tile),
         )
-        tile = call.tile(_queries_tile)
+        tile = call.tile("queries")
         tiles = _ceil_div(call.seqlen_q, tile.queries)
         kernels.attention_backward_queries_kernel[(tiles * call.heads * call.batch,)](
             *call.tensors,
@@ -413,7 +416,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
                 shared_q,
                 shared_k,
                 *call.windows,
-                call.scale,
+                *call.factors,
                 call.softcap,
                 *call.dropout,
                 *call.strides,

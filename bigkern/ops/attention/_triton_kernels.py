@@ -20,9 +20,9 @@ A program owns QUERIES rows of a head (or KEYS keys of a key head) and walks ove
 window hides from all rows are skipped.  Those that every row sees whole come first, without a comparison; then those
 that a limit or the end of the sequence cuts.  Rows with the most keys start first.
 
-PLAIN is attention with nothing but windows and a positive scale: the scores stay q . k, and one fused multiplication
-with factor = scale log2(e) takes them to powers of two.  Otherwise they are scaled as written above, and the difference
-from the maximum, or from lse, is taken first, which rounds less.
+PLAIN is attention by tensor cores with nothing but windows and a positive scale: the scores stay q . k, and the factor
+that takes them to powers of two scales them too; backward, in one fused multiplication.  Otherwise they are scaled as
+written above, and the difference from lse, as forward the one from the maximum, is taken first, which rounds less.
 
 Sums and statistics are fp32.  p and ds are rounded to the inputs' dtype for the products; fp32 products are fp32 or
 TF32 as PRECISION says.  Rows are padded to BLOCK_D and BLOCK_V columns, powers of two, by masked loads.
@@ -203,12 +203,12 @@ def _scores(
 
 
 @triton.jit
-def _exponential(scores, shift, factor, PLAIN: tl.constexpr):
-    """exp of the scores less shift, which is times log2(e) where PLAIN."""
+def _weights(scores, base, factor, PLAIN: tl.constexpr):
+    """The weights of a row, or column, whose ``base`` attention_backward_rows_kernel computed."""
     if PLAIN:
-        return tl.exp2(tl.fma(scores, factor, -shift))
+        return tl.exp2(tl.fma(scores, factor, -base))
     else:
-        return tl.exp2((scores - shift) * _LOG2E)
+        return tl.exp2((scores - base) * factor)
 
 
 @triton.jit
@@ -258,7 +258,8 @@ def attention_forward_kernel(
     tiles,  # of QUERIES in seqlen_q
     window_left,
     window_right,
-    scale,  # times log2(e) where PLAIN
+    scale,
+    factor,  # log2(e), times the scale where PLAIN
     softcap,
     dropout_p,
     dropout_scale,
@@ -331,12 +332,11 @@ def attention_forward_kernel(
             )  # fmt: skip
             if cut:
                 scores = _seen(scores, row[:, None], col[None, :], keys, shift, window_left, window_right)
-            highest = tl.max(scores, 1)
-            new_top = tl.maximum(top, highest * scale if PLAIN else highest)
+            new_top = tl.maximum(top, tl.max(scores, 1))
             # A row that sees nothing yet: its sums stay 0 whatever they are multiplied with.
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            weights = _exponential(scores, base[:, None], scale, PLAIN)
-            rescale = tl.exp2((top - base) if PLAIN else (top - base) * _LOG2E)
+            weights = tl.exp2((scores - base[:, None]) * factor)
+            rescale = tl.exp2((top - base) * factor)
             total = total * rescale + tl.sum(weights, 1)
             if philox is not None:
                 keep = _kept(
@@ -351,7 +351,7 @@ def attention_forward_kernel(
     total = tl.where(blind, 1.0, total)
     result = acc * (dropout_scale / total)[:, None]
     _store_rows(output, result, home, head, first_q, row, queries, total_q, heads, VALUE_DIM, BLOCK_V)
-    row_lse = (top + tl.log2(total)) * _LN2 if PLAIN else top + tl.log2(total) * _LN2
+    row_lse = (top * scale if PLAIN else top) + tl.log2(total) * _LN2
     row_lse = tl.where(blind, -float("inf"), row_lse)
     lse_place = (home.to(tl.int64) * heads + head) * total_q + first_q + row
     tl.store(lse + lse_place, row_lse, mask=row < queries)
@@ -426,7 +426,7 @@ def attention_backward_keys_kernel(
     window_left,
     window_right,
     scale,
-    factor,  # scale times log2(e)
+    factor,
     softcap,
     dropout_p,
     dropout_scale,
@@ -516,7 +516,7 @@ def attention_backward_keys_kernel(
             )  # fmt: skip
             if cut:
                 scores = _seen(scores, col[None, :], row[:, None], keys, shift, window_left, window_right)
-            weights = _exponential(scores, row_base[None, :], factor, PLAIN)
+            weights = _weights(scores, row_base[None, :], factor, PLAIN)
             grads = _products(
                 v, v_start, row, keys, value_row, g, g_start, col, queries, grad_row,
                 VALUE_DIM, BLOCK_V, ALIGN, PRECISION, CHUNK
@@ -558,7 +558,7 @@ def _grad_scores(
     )  # fmt: skip
     if CUT:
         scores = _seen(scores, row[:, None], col[None, :], keys, shift, window_left, window_right)
-    weights = _exponential(scores, row_base[:, None], factor, PLAIN)
+    weights = _weights(scores, row_base[:, None], factor, PLAIN)
     grads = _products(
         g, g_start, row, queries, grad_row, v, v_start, col, keys, value_row,
         VALUE_DIM, BLOCK_V, ALIGN, PRECISION, CHUNK
@@ -697,6 +697,7 @@ def attention_backward_mask_kernel(
     window_left,
     window_right,
     scale,
+    factor,
     softcap,
     dropout_p,
     dropout_scale,
@@ -768,7 +769,7 @@ def attention_backward_mask_kernel(
                 q, q_start, query_row, g, g_start, grad_row, k, k_start, key_row, v, v_start, value_row,
                 row_base, row_delta, row, col, key0, batch, head, heads, seqlen_q, seqlen_k, shift, seqlen_q, seqlen_k,
                 _mask_start(mask, batch, head, mask_batch, mask_head, MASK_ALIGN), mask_row, mask_col,
-                _slope(slopes, batch, head, slopes_batch), philox, window_left, window_right, scale, scale, softcap,
+                _slope(slopes, batch, head, slopes_batch), philox, window_left, window_right, scale, factor, softcap,
                 dropout_p, dropout_scale, True, SOFTCAP, False, MASK_ALIGN, QUADS, HEAD_DIM, VALUE_DIM, BLOCK_D,
                 BLOCK_V, ALIGN, PRECISION, CHUNK, QUERIES, KEYS
             )  # fmt: skip
