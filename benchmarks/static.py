@@ -63,8 +63,6 @@ class KernelPlan:
     """Dynamic shared memory of a typical launch, for the occupancy column."""
     requires: dict[str, str] = field(default_factory=dict)
     """Further instructions that must appear, by architecture ("*" for all): {"sm_90a": "HGMMA"}."""
-    known_spills: dict[str, int] = field(default_factory=dict)
-    """Bytes of local memory, by architecture, that are known and wait to be mended; any more is a fault."""
 
 
 @dataclass
@@ -91,8 +89,7 @@ class Row:
 
     def faults(self) -> list[str]:
         found = []
-        known = self.plan.known_spills.get(self.arch, 0) if self.plan else 0
-        if self.local > known or (not known and (self.instructions["LDL"] or self.instructions["STL"])):
+        if self.local or self.instructions["LDL"] or self.instructions["STL"]:
             loads, stores = self.instructions["LDL"], self.instructions["STL"]
             found.append(f"spills: {self.local} bytes local, {loads} LDL, {stores} STL")
         if self.plan is None:

@@ -62,8 +62,6 @@ def row(**changes) -> Row:
     ("changes", "fault"),
     [
         (dict(local=8), "spills"),
-        (dict(local=24, plan=KernelPlan("f", 256, 64, known_spills={"sm_90a": 16})), "spills"),
-        (dict(local=8, plan=KernelPlan("f", 256, 64, known_spills={"sm_120a": 16})), "spills"),
         (dict(instructions=Counter(LDL=1)), "spills"),
         (dict(instructions=Counter(STL=1)), "spills"),
         (dict(registers=65), "65 registers, planned at most 64"),

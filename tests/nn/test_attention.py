@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import bigkern.nn
-from bigkern.ops.attention import _triton
 from tests import numerics
 from tests.conftest import pick
 
@@ -26,13 +25,6 @@ MODULES = {
 }
 modules = pytest.mark.parametrize("name", MODULES)
 layers = pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
-
-
-@pytest.fixture(autouse=True)
-def served(request):
-    """There is no Triton kernel of attention yet: its world has nothing to run here."""
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
-        pytest.skip(_triton.unsupported())
 
 
 def pair(name, *args, device="cpu", **kwargs):

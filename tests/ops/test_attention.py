@@ -11,20 +11,12 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import bigkern
 from bigkern.ops import attention, attention_varlen
-from bigkern.ops.attention import _triton
 from tests import numerics
 from tests.conftest import pick
 from tests.ops.attention_cases import PHILOX, Case, pairwise, relaid
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("query", "key", "value", "attn_mask")
-
-
-@pytest.fixture(autouse=True)
-def written(request):
-    """There is no Triton kernel of attention yet: its world has nothing to run here."""
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
-        pytest.skip(_triton.unsupported())
 
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

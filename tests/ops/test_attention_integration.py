@@ -12,17 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import bigkern
 from bigkern.ops import attention, attention_varlen
-from bigkern.ops.attention import _torch, _triton
+from bigkern.ops.attention import _torch
 from tests import numerics
 
 PHILOX = torch.tensor([3, 5])
-
-
-@pytest.fixture(autouse=True)
-def written(request):
-    """There is no Triton kernel of attention yet: its world has nothing to run here."""
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
-        pytest.skip(_triton.unsupported())
 
 
 def tensors(dtype=torch.float32, device="cpu", grad=True, heads=(2, 2), lengths=(6, 9), dim=8):

@@ -39,6 +39,7 @@ _INSTRUCTIONS = {
     "STL": r"STL",
     "BAR": r"BAR\.",
     "ATOM": r"(ATOM|RED)G?\.",
+    "MMA": r"(HMMA|HGMMA|UTC\w*MMA)\b",
 }
 
 
@@ -121,6 +122,43 @@ def _conv(
         _triton._backward_weight(grad, x, weight.shape[2:], *geometry, tf32, True, True)
 
     return call
+
+
+def _attention(dim: int, dtype: torch.dtype, *, features: bool = False, tf32: bool = False) -> Callable:
+    """The launches of causal attention, forward and backward, with a key head for four; or of all features at once."""
+
+    def call():
+        from bigkern.ops.attention import _triton
+
+        batch, heads, kv_heads, length = 2, 8, 2, 1024
+
+        def tensor(count):
+            return torch.empty(batch, length, count, dim, dtype=dtype).transpose(1, 2)
+
+        query, key, value = tensor(heads), tensor(kv_heads), tensor(kv_heads)
+        bias = torch.empty(1, heads, length, length, dtype=dtype) if features else None
+        slopes = torch.empty(heads) if features else None
+        philox = torch.zeros(2, dtype=torch.int64)
+        numbers = (20.0, 0.125, 0.1) if features else (0.0, 0.125, 0.0)
+        options = (bias, slopes, None, None, length, length, -1, 0, False, *numbers, philox, tf32)
+        output, lse = _triton._forward(query, key, value, *options)
+        _triton._backward(output, None, query, key, value, output, lse, *options, features, False)
+
+    return call
+
+
+def attention_cases() -> list[Case]:
+    """Calls that reach every kernel of attention in every tile."""
+    half, full = torch.bfloat16, torch.float32
+    return [
+        *(Case(f"{dim} bf16", _attention(dim, half), "attention") for dim in (64, 128, 256)),
+        *(
+            Case(f"{dim} bf16, all features", _attention(dim, half, features=True), "attention")
+            for dim in (64, 128, 256)
+        ),
+        *(Case(f"{dim} fp32", _attention(dim, full), "attention") for dim in (64, 128, 256)),
+        *(Case(f"{dim} TF32", _attention(dim, full, tf32=True), "attention") for dim in (64, 256)),
+    ]
 
 
 def _optimizer(launch: Callable) -> Callable:
@@ -326,5 +364,5 @@ def compile_case(case: Case, architecture: int) -> list[dict]:
 
 def static_report(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     """Every kernel of every case for every architecture, for tables."""
-    every = [*cases(), *conv_cases()]
+    every = [*cases(), *conv_cases(), *attention_cases()]
     return [row for case in every for architecture in architectures for row in compile_case(case, architecture)]

@@ -6,17 +6,7 @@ The product with W_hh is torch.matmul's, one a step.  Imported at the first laun
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tanh(x):
-    """To a few roundings also where x is small, which 2 sigmoid(2x) - 1 is not: there, the Pade approximant (7, 6)."""
-    square = x * x
-    # x plus a small correction: its roundings hardly show.
-    change = square * (-45045.0 - square * (2772.0 + square * 27.0))
-    small = x + x * (change / (135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))))
-    size = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 1.0, small, tl.where(x < 0, -large, large))
+from bigkern.ops._triton_math import tanh
 
 
 @triton.jit
@@ -59,10 +49,10 @@ def cell_forward(
         x3 = tl.load(x_at + 3 * hidden, inside, 0.0).to(tl.float32)
         a3 = tl.load(a_at + 3 * hidden, inside, 0.0).to(tl.float32)
         gate_i, gate_f, gate_o = tl.sigmoid(x0 + a0), tl.sigmoid(x1 + a1), tl.sigmoid(x3 + a3)
-        gate_g = _tanh(x2 + a2)
+        gate_g = tanh(x2 + a2)
         new_c = gate_f * tl.load(c + i, inside, 0.0) + gate_i * gate_g
         tl.store(c + i, new_c, inside)
-        new = gate_o * _tanh(new_c)
+        new = gate_o * tanh(new_c)
         if saved is not None:
             tl.store(saved_at, gate_i.to(kind), inside)
             tl.store(saved_at + hidden, gate_f.to(kind), inside)
@@ -74,7 +64,7 @@ def cell_forward(
         inner = a2
         if bias_hn is not None:
             inner += tl.load(bias_hn + unit, inside, 0.0).to(tl.float32)
-        proposal = _tanh(x2 + reset * inner)
+        proposal = tanh(x2 + reset * inner)
         new = (1.0 - update) * proposal + update * tl.load(h + i, inside, 0.0)
         if saved is not None:
             tl.store(saved_at, reset.to(kind), inside)
@@ -85,7 +75,7 @@ def cell_forward(
         total = x0 + a0
         new = tl.where(total < 0.0, 0.0, total)  # NaN passes
     else:
-        new = _tanh(x0 + a0)
+        new = tanh(x0 + a0)
     tl.store(h + i, new, inside)
     tl.store(output + row * row_output + unit, new.to(kind), inside)
     read = new
@@ -140,7 +130,7 @@ def cell_backward(
         s2 = tl.load(saved_at + 2 * hidden, inside, 0.0).to(tl.float32)
         s3 = tl.load(saved_at + 3 * hidden, inside, 0.0).to(tl.float32)
     if CELL == 2:
-        tanh_c = _tanh(tl.load(saved_at + 4 * hidden, inside, 0.0).to(tl.float32))
+        tanh_c = tanh(tl.load(saved_at + 4 * hidden, inside, 0.0).to(tl.float32))
         d = tl.load(dc + i, inside, 0.0) + grad * s3 * (1.0 - tanh_c) * (1.0 + tanh_c)
         g0 = (d * s2 * s0 * (1.0 - s0)).to(kind)
         g1 = (d * earlier * s1 * (1.0 - s1)).to(kind)
