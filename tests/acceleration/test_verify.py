@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigkern
-from bigkern.acceleration import _rules
+from bigkern.acceleration import _fusion, _rules
 from tests.acceleration.architectures import inputs, make
 
 
@@ -51,8 +51,9 @@ def test_a_planted_wrong_swap_is_caught(bug, monkeypatch):
     assert "FAIL" in str(verification) and "FAIL" in verification.to_markdown()
 
 
-def test_a_wrong_fold_is_caught(monkeypatch):
-    from bigkern.acceleration import _fusion
+@pytest.mark.emulated
+def test_a_wrong_fold_is_caught(emulator, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
     def wrong(conv, norm):
         scale = torch.rsqrt(norm.running_var) * norm.weight  # without eps
@@ -60,9 +61,10 @@ def test_a_wrong_fold_is_caught(monkeypatch):
 
     model = make("MobileNet")
     report = bigkern.accelerate(model)
-    assert report.verify(inputs("MobileNet"), repeats=1).passed
-    monkeypatch.setattr(_fusion, "_fold", wrong)
-    verification = report.verify(inputs("MobileNet"), repeats=1)
+    with bigkern.use_backend("cuda"):
+        assert report.verify(inputs("MobileNet"), repeats=1).passed
+        monkeypatch.setattr(_fusion, "_fold", wrong)
+        verification = report.verify(inputs("MobileNet"), repeats=1)
     assert {row.name for row in verification.failures} == {"output (no_grad)"}
 
 
