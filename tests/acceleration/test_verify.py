@@ -44,7 +44,7 @@ def test_a_planted_wrong_swap_is_caught(bug, monkeypatch):
     rule = _rules.RULES[kind]
     model = make(name)
     assert bigkern.accelerate(copy.deepcopy(model)).verify(inputs(name), repeats=1).passed
-    monkeypatch.setitem(_rules.RULES, kind, _rules.Rule(wrong, rule.op, rule.arguments, rule.attributes))
+    monkeypatch.setitem(_rules.RULES, kind, _rules.Rule(wrong, rule.call, rule.attributes))
     verification = bigkern.accelerate(model).verify(inputs(name), repeats=1)
     assert not verification.passed
     assert any(row.kind == where for row in verification.failures)
@@ -102,6 +102,14 @@ def test_kinds_of_inputs_and_outputs():
     names = {row.name for row in verification.rows}
     assert {"['scaled']", "['more'][0]", "norm.weight", "input['x']"} <= names
     assert verification.speedup > 0 and "times as fast" in str(verification)
+
+
+def test_packed_sequences():
+    sequences = [torch.randn(length, 4) for length in (5, 3)]
+    packed = nn.utils.rnn.pack_sequence(sequences)
+    verification = bigkern.accelerate(nn.GRU(4, 8)).verify(packed, repeats=1)
+    assert verification.passed
+    assert [row.name for row in verification.rows if row.kind == "output"][:2] == ["[0].data", "[1]"]
 
 
 def test_bad_arguments():
