@@ -37,6 +37,7 @@ class Availability(NamedTuple):
 _requested: str | None = os.environ.get("BIGKERN_BACKEND") or None
 _quarantined: dict[tuple[str, str], str] = {}
 _warned: set[str] = set()
+_explaining = False
 _probes: dict[str, Callable[[], Availability]] = {
     "torch": lambda: Availability(True, "PyTorch's own operators, anywhere")
 }
@@ -103,6 +104,8 @@ def select(op: str, implementations: dict[str, ModuleType], *args) -> ModuleType
         BackendError: the backend that was asked for cannot serve the arguments.
         ValueError: ``BIGKERN_BACKEND`` held an unknown name.
     """
+    if _explaining:
+        raise _explained(op, implementations, args)
     name = requested()
     if name is None and not args[0].is_cuda:
         return implementations["torch"]
@@ -122,21 +125,39 @@ def select(op: str, implementations: dict[str, ModuleType], *args) -> ModuleType
     raise BackendError(f"{op}: no backend can serve these arguments:\n{_lines(reasons)}")
 
 
-def explain(op: str, implementations: dict[str, ModuleType], *args) -> tuple[str | None, dict[str, str]]:
-    """(name, reasons): what :func:`select` would take for these arguments, and why each better backend cannot serve.
+def explain(call: Callable[[], object]) -> tuple[str | None, dict[str, str]]:
+    """(name, reasons): what :func:`select` would take for the op that ``call`` calls, and why no better backend.
 
-    The name is None, with every backend's reason, where :func:`select` would raise.  Nothing is raised or warned here.
+    The name is None, with the reasons, where :func:`select` would raise.  Nothing is warned of, and nothing runs but
+    what an op gives to torch's operators without asking.
     """
+    global _explaining
+    _explaining = True
+    try:
+        call()
+    except _Explained as explained:
+        return explained.name, explained.reasons
+    finally:
+        _explaining = False
+    return "torch", {}  # which the op took without asking
+
+
+class _Explained(Exception):
+    def __init__(self, name: str | None, reasons: dict[str, str]):
+        self.name, self.reasons = name, reasons
+
+
+def _explained(op: str, implementations: dict[str, ModuleType], args: tuple) -> _Explained:
     name = requested()
     if name is None and not args[0].is_cuda:
-        return "torch", {}
+        return _Explained("torch", {})
     reasons = {}
     for candidate in NAMES if name is None else (name,):
         reason = _objection(candidate, op, implementations, args)
         if reason is None:
-            return candidate, reasons
+            return _Explained(candidate, reasons)
         reasons[candidate] = reason
-    return None, reasons
+    return _Explained(None, reasons)
 
 
 def quarantine(name: str, op: str, reason: str) -> None:

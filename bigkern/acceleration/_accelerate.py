@@ -42,10 +42,10 @@ def accelerate(
         only: swap these alone.  A path (``"encoder"``, with all below it), a pattern (``"*.norm?"``, as
             :mod:`fnmatch` reads it), a type, or several of them.
         skip: leave these, selected in the same way, alone.
-        fuse: a torch.nn.Sequential with convolutions runs each together with the batch norm (in evaluation, where no
-            gradient of their parameters is asked for), the activation (ReLU, GELU, SiLU) and the max pooling that
-            follow it.  The residual sum before a layer norm is part of it in the Transformer layers whatever this says;
-            elsewhere nobody can be certain of it.
+        fuse: where kernels run, a torch.nn.Sequential runs each convolution together with the batch norm (in
+            evaluation, where no gradient of their parameters is asked for), the activation (ReLU, GELU, SiLU) and the
+            max pooling that follow it.  The residual sum before a layer norm is part of it in the Transformer layers
+            whatever this says; elsewhere nobody can be certain of it.
 
     Returns:
         :class:`Report`: a table to print, ``restore()`` and ``verify()``.
@@ -211,7 +211,14 @@ def _fuse(report: Report, paths: dict[nn.Module, list[str]], chosen: set | None,
             report.rows.append(Row(names, kind.__name__, None, "", "", reason))
             continue
         report.rows.append(
-            Row(names, kind.__name__, "FusedSequential", "", "", f"one operation each: {', '.join(runs)}")
+            Row(
+                names,
+                kind.__name__,
+                "FusedSequential",
+                "",
+                "",
+                f"one operation each where kernels run: {', '.join(runs)}",
+            )
         )
         report.add(Swap(module, kind, FusedSequential, {}))
 

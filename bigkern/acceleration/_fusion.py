@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import bigkern.nn
+from bigkern import backend
 from bigkern.ops import conv1d, conv2d
 
 
@@ -45,13 +47,16 @@ class _Run(NamedTuple):
 
 
 class FusedSequential(nn.Sequential):
-    """torch.nn.Sequential that runs convolutions together with what follows them; see the top of this file.
+    """torch.nn.Sequential that runs convolutions together with what follows them, where kernels may run.
 
     A batch norm is folded into weight and bias where it is in evaluation and the parameters of the two need no gradient
     (under torch.no_grad, or frozen); anew at each call, so that loaded weights and moved statistics are seen.
     """
 
     def forward(self, input):
+        # torch's operators gain nothing, and folding would cost.
+        if not isinstance(input, Tensor) or backend.uses_torch(input):
+            return super().forward(input)
         modules = list(self)
         index = 0
         while index < len(modules):
@@ -163,18 +168,16 @@ def _call(run: _Run, input: Tensor) -> Tensor:
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of a convolution that also does what the batch norm does; :func:`bigkern.nn.fold_batch_norm`."""
-    # The vectors in float64, which costs nothing: an error of the scale is the same in a whole channel and does not
-    # average out.  The shift with the scale as it is rounded, so that conv and mean go on cancelling.
-    wide = torch.float32 if conv.weight.device.type == "mps" else torch.float64
-    narrow = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    scale = scale.to(narrow)
-    mean = norm.running_mean.to(wide)
-    bias = -mean * scale if conv.bias is None else (conv.bias.to(wide) - mean) * scale
-    if norm.bias is not None:
-        bias = bias + norm.bias
-    weight = conv.weight * scale.view(-1, *(1,) * (conv.weight.dim() - 1))
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    """(weight, bias) of a convolution that also does what the batch norm does; :func:`bigkern.nn.fold_batch_norm`.
+
+    By batch norm itself, of the weights: two launches and the zeros, in torch's own arithmetic.
+    """
+    zeros = torch.zeros_like(norm.running_var)
+
+    def scale(tensor: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(tensor, mean, norm.running_var, norm.weight, bias, False, 0.0, norm.eps)
+
+    weight = scale(conv.weight.reshape(1, conv.out_channels, -1), zeros, None)
+    bias = zeros.to(conv.weight.dtype) if conv.bias is None else conv.bias
+    bias = scale(bias.view(1, -1), norm.running_mean, norm.bias)
+    return weight.view(conv.weight.shape), bias.view(-1)

@@ -16,29 +16,24 @@ from torch.nn.parameter import Buffer, Parameter, UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 import bigkern.nn
-from bigkern import backend
-from bigkern.ops.attention import _IMPLEMENTATIONS as _ATTENTION
-from bigkern.ops.conv import _IMPLEMENTATIONS as _CONV
-from bigkern.ops.layer_norm import _IMPLEMENTATIONS as _LAYER_NORM
-from bigkern.ops.rnn import _IMPLEMENTATIONS as _RNN
+from bigkern import backend, ops
 
-_IMPLEMENTATIONS = {"attention": _ATTENTION, "conv": _CONV, "layer_norm": _LAYER_NORM, "rnn": _RNN}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# make(*shape) is a tensor of the dtype and on the device of a module's weights.
+_Make = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Rule:
     """How modules of one exact type are swapped.
 
-    ``arguments(module, make)`` are those that the op's backends are asked about; ``make(*shape)`` is a tensor of the
-    dtype and on the device of the module's weights.  None: a container, which runs nothing itself.
-    ``attributes`` are those that bigkern's class has beyond torch's.
-    ``note`` is what the user should know of a module that is swapped.
+    ``call(module, make)`` calls the op as the module's forward would, on the least input; None: a container, which runs
+    nothing itself.  ``attributes`` are those that bigkern's class has beyond torch's.  ``note`` is what the user should
+    know of a module that is swapped.
     """
 
     ours: type[nn.Module]
-    op: str | None = None
-    arguments: Callable[[nn.Module, Callable[..., Tensor]], tuple] | None = None
+    call: Callable[[nn.Module, _Make], Any] | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -47,86 +42,99 @@ class Rule:
 
         ``default`` stands for the weights of a module that has none.
         """
-        if self.arguments is None:
+        if self.call is None:
             return "", ""
         weight = next((param for param in module.parameters(recurse=False) if param.is_floating_point()), default)
+        if backend.uses_torch(weight):
+            if backend.requested() == "torch":
+                return "torch", "torch was asked for"
+            return "torch", f"the weights are on {weight.device}; kernels run on CUDA devices"
 
         def make(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
-        name, reasons = backend.explain(self.op, _IMPLEMENTATIONS[self.op], *self.arguments(module, make))
-        if name == "torch" and not reasons:
-            if backend.requested() == "torch":
-                return name, "torch was asked for"
-            return name, f"the weights are on {weight.device}; kernels run on CUDA devices"
+        try:
+            with torch.no_grad():
+                name, reasons = backend.explain(lambda: self.call(module, make))
+        except (TypeError, ValueError) as error:
+            return "none", str(error)
         return name or "none", "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
 
 
-def _norm_arguments(rms: bool) -> Callable[[nn.Module, Callable[..., Tensor]], tuple]:
-    def arguments(module: nn.Module, make: Callable[..., Tensor]) -> tuple:
-        bias = getattr(module, "bias", None)
-        return make(1, *module.normalized_shape), None, module.weight, bias, module.eps, rms, 0.0
-
-    return arguments
+def _layer_norm(module: nn.LayerNorm, make: _Make) -> Tensor:
+    shape = module.normalized_shape
+    return ops.layer_norm(make(1, *shape), shape, module.weight, module.bias, module.eps)
 
 
-def _conv_arguments(module: nn.Conv1d | nn.Conv2d, make: Callable[..., Tensor]) -> tuple:
-    # The raw ops know two dimensions; one is the second of them.
-    one = (1,) * (2 - len(module.kernel_size))
-    weight = make(module.out_channels, module.in_channels // module.groups, *one, *module.kernel_size)
-    bias = None if module.bias is None else make(module.out_channels)
-    dilation = (*one, *module.dilation)
-    extent = [d * (size - 1) + 1 for d, size in zip(dilation, weight.shape[2:], strict=True)]
-    image = make(1, module.in_channels, *extent)
-    return image, weight, bias, (*one, *module.stride), (0, 0), dilation, module.groups, None, ()
+def _rms_norm(module: nn.RMSNorm, make: _Make) -> Tensor:
+    shape = module.normalized_shape
+    return ops.rms_norm(make(1, *shape), shape, module.weight, module.eps)
 
 
-def _layer_arguments(module: nn.RNNBase, make: Callable[..., Tensor]) -> tuple:
-    return _recurrent_arguments(module, make, module.mode, bool(module.proj_size))
+def _conv(module: nn.Conv1d | nn.Conv2d, make: _Make) -> Tensor:
+    convolve = ops.conv1d if isinstance(module, nn.Conv1d) else ops.conv2d
+    sizes = zip(module.dilation, module.kernel_size, strict=True)
+    image = make(1, module.in_channels, *(dilation * (size - 1) + 1 for dilation, size in sizes))
+    return convolve(image, module.weight, module.bias, module.stride, 0, module.dilation, module.groups)
 
 
-def _cell_arguments(module: nn.RNNCellBase, make: Callable[..., Tensor]) -> tuple:
-    mode = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}.get(type(module))
-    return _recurrent_arguments(module, make, mode or f"RNN_{module.nonlinearity.upper()}", False)
+def _layer(module: nn.RNNBase, make: _Make) -> tuple[Tensor, ...]:
+    params = [getattr(module, name) for name in module._flat_weights_names]
+    shape = (module.num_layers, module.bidirectional, module.proj_size)
+    return _recurrent(module, make, module.mode, params, *shape)
 
 
-def _recurrent_arguments(module: nn.Module, make: Callable[..., Tensor], mode: str, projected: bool) -> tuple:
-    states = [make(1, 1, module.hidden_size)] * (2 if mode == "LSTM" else 1)
-    return make(1, 1, module.input_size), states, list(module.parameters(recurse=False)), mode, projected
+def _cell(module: nn.RNNCellBase, make: _Make) -> tuple[Tensor, ...]:
+    mode = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}.get(type(module)) or f"RNN_{module.nonlinearity.upper()}"
+    params = [module.weight_ih, module.weight_hh, *([module.bias_ih, module.bias_hh] if module.bias else [])]
+    return _recurrent(module, make, mode, params, 1, False, 0)
 
 
-def _attention_arguments(module: nn.MultiheadAttention, make: Callable[..., Tensor]) -> tuple:
-    q, k, v = (make(1, module.num_heads, 1, module.head_dim) for _ in range(3))
-    scale = module.head_dim**-0.5
-    return q, k, v, None, None, None, None, 1, 1, -1, -1, False, 0.0, scale, 0.0, None, False
+def _recurrent(
+    module: nn.Module, make: _Make, mode: str, params: list[Tensor], layers: int, bidirectional: bool, projected: int
+) -> tuple[Tensor, ...]:
+    cells = layers * (2 if bidirectional else 1)
+    input, h, c = make(1, 1, module.input_size), make(cells, 1, projected or module.hidden_size), None
+    arguments = (params, module.bias, layers, 0.0, False, bidirectional, False)
+    if mode == "LSTM":
+        c = make(cells, 1, module.hidden_size)
+        return ops.lstm(input, (h, c), *arguments)
+    if mode == "GRU":
+        return ops.gru(input, h, *arguments)
+    return ops.rnn(input, h, *arguments, nonlinearity=mode.removeprefix("RNN_").lower())
+
+
+def _attention(module: nn.MultiheadAttention, make: _Make) -> Tensor:
+    return ops.attention(*(make(1, module.num_heads, 1, module.head_dim) for _ in range(3)))
 
 
 def _recurrent_layer(ours: type[nn.Module], theirs: type[nn.Module]) -> Rule:
     # Whatever options bigkern's layer has beyond torch's, at their defaults, by which they do nothing.
     has = vars(theirs(1, 1, device="meta"))
     added = {name: value for name, value in vars(ours(1, 1, device="meta")).items() if name not in has}
-    return Rule(ours, "rnn", _layer_arguments, added, "is no longer an instance of torch.nn's class")
+    return Rule(ours, _layer, added, "is no longer an instance of torch.nn's class")
 
+
+_IN_ONE_PASS = "residual sum and norm in one pass"
 
 RULES: dict[type[nn.Module], Rule] = {
-    nn.LayerNorm: Rule(bigkern.nn.LayerNorm, "layer_norm", _norm_arguments(False)),
-    nn.RMSNorm: Rule(bigkern.nn.RMSNorm, "layer_norm", _norm_arguments(True)),
-    nn.Conv1d: Rule(bigkern.nn.Conv1d, "conv", _conv_arguments),
-    nn.Conv2d: Rule(bigkern.nn.Conv2d, "conv", _conv_arguments),
+    nn.LayerNorm: Rule(bigkern.nn.LayerNorm, _layer_norm),
+    nn.RMSNorm: Rule(bigkern.nn.RMSNorm, _rms_norm),
+    nn.Conv1d: Rule(bigkern.nn.Conv1d, _conv),
+    nn.Conv2d: Rule(bigkern.nn.Conv2d, _conv),
     nn.RNN: _recurrent_layer(bigkern.nn.RNN, nn.RNN),
     nn.LSTM: _recurrent_layer(bigkern.nn.LSTM, nn.LSTM),
     nn.GRU: _recurrent_layer(bigkern.nn.GRU, nn.GRU),
-    nn.RNNCell: Rule(bigkern.nn.RNNCell, "rnn", _cell_arguments),
-    nn.LSTMCell: Rule(bigkern.nn.LSTMCell, "rnn", _cell_arguments),
-    nn.GRUCell: Rule(bigkern.nn.GRUCell, "rnn", _cell_arguments),
+    nn.RNNCell: Rule(bigkern.nn.RNNCell, _cell),
+    nn.LSTMCell: Rule(bigkern.nn.LSTMCell, _cell),
+    nn.GRUCell: Rule(bigkern.nn.GRUCell, _cell),
     nn.MultiheadAttention: Rule(
         bigkern.nn.MultiheadAttention,
-        "attention",
-        _attention_arguments,
+        _attention,
         note="a query that sees no key gives 0, not NaN; need_weights=True runs torch's operators",
     ),
-    nn.TransformerEncoderLayer: Rule(bigkern.nn.TransformerEncoderLayer, note="residual sum and norm in one pass"),
-    nn.TransformerDecoderLayer: Rule(bigkern.nn.TransformerDecoderLayer, note="residual sum and norm in one pass"),
+    nn.TransformerEncoderLayer: Rule(bigkern.nn.TransformerEncoderLayer, note=_IN_ONE_PASS),
+    nn.TransformerDecoderLayer: Rule(bigkern.nn.TransformerDecoderLayer, note=_IN_ONE_PASS),
     nn.TransformerEncoder: Rule(
         bigkern.nn.TransformerEncoder, note="padded positions are computed in evaluation too, where torch gives 0"
     ),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import bigkern
-from bigkern.acceleration import _accelerate, _rules
+from bigkern.acceleration import _accelerate, _fusion, _rules
 from tests.acceleration.architectures import UNet, inputs, make
 
 
@@ -67,7 +67,16 @@ def test_hooks_go_on_being_called():
     handle.remove()
 
 
-def test_fused_children_are_still_there():
+@pytest.fixture
+def kernels(emulator, monkeypatch):
+    """The hand-written kernels, emulated, with products of float32: without kernels nothing is fused."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with bigkern.use_backend("cuda"):
+        yield
+
+
+@pytest.mark.emulated
+def test_fused_children_are_still_there(kernels):
     """Sliced, iterated over, exchanged, hooked or in training mode, a Sequential is what it was."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)).eval()
     twin = copy.deepcopy(model)
@@ -83,8 +92,8 @@ def test_fused_children_are_still_there():
         torch.testing.assert_close(y, twin(x))
         # What is loaded or trained afterwards counts.
         for net in (model, twin):
-            net[1].running_mean.add_(1)
-            net[1].weight.mul_(2)
+            net[1].running_mean.data.add_(1)
+            net[1].weight.data.mul_(2)
         torch.testing.assert_close(model(x), twin(x))
         for net in (model, twin):
             net[2] = nn.Sigmoid()
@@ -92,28 +101,73 @@ def test_fused_children_are_still_there():
         for net in (model, twin):
             net.train()
         torch.testing.assert_close(model(x), twin(x))
-        assert torch.equal(model[1].running_mean, twin[1].running_mean)
+        torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
 
 
-def test_one_operation_where_it_says_so(monkeypatch):
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+CHAINS = {
+    "conv2d, norm, gelu, pool": (
+        lambda: (nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.GELU("tanh"), nn.MaxPool2d(3, 2, 1)),
+        [("gelu_tanh", (3, 2, 1), True)],
+    ),
+    "conv1d, norm without affine, silu": (
+        lambda: (nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4, affine=False), nn.SiLU()),
+        [("silu", None, True)],
+    ),
+    "conv2d, pool": (lambda: (nn.Conv2d(1, 4, 3), nn.MaxPool2d(2)), [(None, (2, 2, 0), True)]),
+    "two": (
+        lambda: (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.Dropout(), nn.ReLU()),
+        [("relu", None, True)],
+    ),
+    "nothing certain": (
+        lambda: (
+            nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.Conv2d(4, 4, 1),
+            nn.LeakyReLU(),
+        ),
+        [],
+    ),
+}
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("chain", CHAINS)
+def test_one_operation_where_it_says_so(chain, kernels, monkeypatch):
     calls = []
+    for layer, kind in list(_fusion._KINDS.items()):
 
-    def spy(*args, activation, max_pool):
-        calls.append((activation, max_pool, args[2] is not None))
-        return bigkern.ops.conv2d(*args, activation=activation, max_pool=max_pool)
+        def spy(*args, activation, max_pool, convolve=kind.convolve):
+            calls.append((activation, max_pool, args[2] is not None))
+            return convolve(*args, activation=activation, max_pool=max_pool)
 
-    from bigkern.acceleration import _fusion
-
-    kind = _fusion._KINDS[bigkern.nn.Conv2d]
-    monkeypatch.setitem(_fusion._KINDS, bigkern.nn.Conv2d, kind._replace(convolve=spy))
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.GELU("tanh"), nn.MaxPool2d(3, 2, 1))
-    bigkern.accelerate(model.eval())
-    x = torch.randn(2, 1, 9, 9)
+        monkeypatch.setitem(_fusion._KINDS, layer, kind._replace(convolve=spy))
+    layers, expected = CHAINS[chain]
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers()).eval()
+    for module in model:
+        if getattr(module, "running_mean", None) is not None:
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    report = bigkern.accelerate(model)
+    x = torch.randn(2, 1, 9) if isinstance(model[0], nn.Conv1d) else torch.randn(2, 1, 9, 9)
+    verification = report.verify(x, repeats=1)
+    assert verification.passed, str(verification)
+    calls.clear()
     with torch.no_grad():
         model(x)
-    assert calls == [("gelu_tanh", (3, 2, 1), True)]
-    model(x)  # the parameters' gradients go through batch norm
-    assert len(calls) == 1
+    assert calls == expected
+    # The gradients of a batch norm's parameters go through the batch norm.
+    calls.clear()
+    model(x)
+    assert len(calls) == (0 if isinstance(model[1], _BATCH_NORMS) else len(expected))
+    # torch's operators gain nothing by it.
+    calls.clear()
+    with bigkern.use_backend("torch"), torch.no_grad():
+        model(x)
+    assert not calls
 
 
 def test_restore_while_training_goes_on():
@@ -261,7 +315,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(place, monkeypatch):
     owner, name = {
         "backend": (_rules.Rule, "backend"),
         "swap": (_accelerate.Swap, "apply"),
-        "fuse": (_accelerate._fusion, "runs"),
+        "fuse": (_fusion, "runs"),
     }[place]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, fail)

@@ -46,14 +46,18 @@ def batch():
     return torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_a_graph_break(training):
+def test_compiles_without_a_graph_break(training, emulator, monkeypatch):
+    """With kernels, so that a Sequential runs as one operation; without gradients its batch norm is folded."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(bigkern.backend, "_requested", "cuda")
     model = make("speech encoder").train(training)
     bigkern.accelerate(model)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = inputs("speech encoder")
-    with torch.set_grad_enabled(training):  # without gradients the batch norm is folded
+    with torch.set_grad_enabled(training):
         output, expected = compiled(*x), twin(*x)
     torch.testing.assert_close(output, expected)
     if training:
@@ -115,9 +119,6 @@ def test_saliency():
     bigkern.accelerate(model)
     for found, truth in zip((saliency(x), integrated()), expected, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
-    # Frozen, as for a saliency map of a finished model, the batch norms are folded.
-    model.requires_grad_(False)
-    torch.testing.assert_close(saliency(x), expected[0], rtol=1e-3, atol=1e-4)
 
 
 def test_pruning_an_accelerated_model():

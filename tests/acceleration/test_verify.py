@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bigkern
-from bigkern.acceleration import _rules
+from bigkern.acceleration import _fusion, _rules
 from tests.acceleration.architectures import inputs, make
 
 
@@ -44,15 +44,16 @@ def test_a_planted_wrong_swap_is_caught(bug, monkeypatch):
     rule = _rules.RULES[kind]
     model = make(name)
     assert bigkern.accelerate(copy.deepcopy(model)).verify(inputs(name), repeats=1).passed
-    monkeypatch.setitem(_rules.RULES, kind, _rules.Rule(wrong, rule.op, rule.arguments, rule.attributes))
+    monkeypatch.setitem(_rules.RULES, kind, _rules.Rule(wrong, rule.call, rule.attributes))
     verification = bigkern.accelerate(model).verify(inputs(name), repeats=1)
     assert not verification.passed
     assert any(row.kind == where for row in verification.failures)
     assert "FAIL" in str(verification) and "FAIL" in verification.to_markdown()
 
 
-def test_a_wrong_fold_is_caught(monkeypatch):
-    from bigkern.acceleration import _fusion
+@pytest.mark.emulated
+def test_a_wrong_fold_is_caught(emulator, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
     def wrong(conv, norm):
         scale = torch.rsqrt(norm.running_var) * norm.weight  # without eps
@@ -60,9 +61,10 @@ def test_a_wrong_fold_is_caught(monkeypatch):
 
     model = make("MobileNet")
     report = bigkern.accelerate(model)
-    assert report.verify(inputs("MobileNet"), repeats=1).passed
-    monkeypatch.setattr(_fusion, "_fold", wrong)
-    verification = report.verify(inputs("MobileNet"), repeats=1)
+    with bigkern.use_backend("cuda"):
+        assert report.verify(inputs("MobileNet"), repeats=1).passed
+        monkeypatch.setattr(_fusion, "_fold", wrong)
+        verification = report.verify(inputs("MobileNet"), repeats=1)
     assert {row.name for row in verification.failures} == {"output (no_grad)"}
 
 
@@ -100,6 +102,14 @@ def test_kinds_of_inputs_and_outputs():
     names = {row.name for row in verification.rows}
     assert {"['scaled']", "['more'][0]", "norm.weight", "input['x']"} <= names
     assert verification.speedup > 0 and "times as fast" in str(verification)
+
+
+def test_packed_sequences():
+    sequences = [torch.randn(length, 4) for length in (5, 3)]
+    packed = nn.utils.rnn.pack_sequence(sequences)
+    verification = bigkern.accelerate(nn.GRU(4, 8)).verify(packed, repeats=1)
+    assert verification.passed
+    assert [row.name for row in verification.rows if row.kind == "output"][:2] == ["[0].data", "[1]"]
 
 
 def test_bad_arguments():
