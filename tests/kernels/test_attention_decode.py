@@ -55,10 +55,11 @@ def arguments(dims, dtype, device, lengths=(150, 0), capacity=170, heads=(4, 2),
 
 def copied(given, dtype=None):
     """Arguments of their own, floating-point tensors in ``dtype``."""
-    return {
-        name: x.to(dtype if x.is_floating_point() and dtype else x.dtype, copy=True) if isinstance(x, torch.Tensor) else x
-        for name, x in given.items()
-    }  # fmt: skip
+    found = dict(given)
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor):
+            found[name] = x.to(dtype, copy=True) if dtype and x.is_floating_point() else x.clone()
+    return found
 
 
 def check(given):
