@@ -27,7 +27,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 bench: build
-	for op in adam attention conv layer_norm rnn; do $(PY) -m benchmarks $$op || exit; done
+	for op in adam attention attention_decode conv layer_norm rnn; do $(PY) -m benchmarks $$op || exit; done
 
 static: build
 	$(PY) -m benchmarks.static

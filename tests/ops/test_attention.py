@@ -140,6 +140,15 @@ def test_causal_biases_as_torch(backend, device):
     assert torch.equal(upper, attention(q, k, v, is_causal=True))
 
 
+def test_causal_biases_under_compile(backend, device):
+    """Made outside of the traced function, as torch.compile wants it: what it is a mask of is not lost."""
+    q, k, v = (torch.randn(1, 2, n, 8, device=device) for n in (5, 9, 9))
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    for make in (causal_upper_left, causal_lower_right):
+        bias = make(5, 9)
+        torch.testing.assert_close(compiled(q, k, v, bias), attention(q, k, v, bias))
+
+
 def test_float64(backend, device):
     inputs = qkv(1, 2, 5, 8, dtype=torch.float64, device=device)
     if backend == "torch":

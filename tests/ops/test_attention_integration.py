@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +109,63 @@ def test_gradcheck_and_gradgradcheck():
         assert torch.autograd.gradcheck(lambda *t: attention_varlen(*t, cu, cu, 3, 3, is_causal=True), packed)
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7, "window": (2, 1)}], ids=str)
+def test_gradgradcheck_of_torchs_fused_operator(options):
+    """Without an extra, and without a gradient of the mask, the torch backend is torch's operator for CPUs."""
+    with bigkern.use_backend("torch"):
+        q, k, v = tensors(torch.float64, heads=(2, 1), lengths=(3, 4), dim=3)
+        mask = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+        for given in (None, mask, mask > -0.5):
+            if options.get("is_causal") and given is not None:
+                continue
+
+            def function(q, k, v, mask=given):
+                return attention(q, k, v, mask, enable_gqa=True, **options)
+
+            if "window" not in options:  # there its shape is given back by a view
+                assert "FlashAttentionForCpu" in function(q, k, v).grad_fn.name()
+            assert torch.autograd.gradgradcheck(function, (q, k, v))
+        some = q.detach()
+        assert torch.autograd.gradgradcheck(lambda k, v: attention(some, k, v, enable_gqa=True, **options), (k, v))
+        if not options.get("is_causal"):
+            bias = mask.clone().requires_grad_()
+            assert torch.autograd.gradgradcheck(lambda *t: attention(*t, enable_gqa=True, **options), (q, k, v, bias))
+
+
+def test_the_second_derivative_keeps_nothing_alive():
+    """What autograd has freed is gone, although a hook could still use it; a second backward pass is refused."""
+    with bigkern.use_backend("torch"):
+        leaf = tensors()[0]
+        query = leaf * 2
+        reference = weakref.ref(query)
+        output = attention(query, leaf, leaf)
+        del query
+        gc.collect()
+        assert reference() is not None
+        (grad,) = torch.autograd.grad(output.sum(), leaf, create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)[0].any()
+        del grad
+        output.sum().backward()
+        gc.collect()
+        assert reference() is None
+
+
+def test_gradient_of_alibi_slopes(backend, device):
+    slopes = torch.tensor([0.5, 0.25], device=device, requires_grad=True)
+    inputs = tensors(device=device)
+    if backend != "torch":
+        with pytest.raises(bigkern.BackendError, match=r"alibi_slopes requires a gradient(.|\n)*What works"):
+            attention(*inputs, alibi_slopes=slopes)
+        with torch.no_grad():
+            attention(*inputs, alibi_slopes=slopes)
+        return
+    inputs, slopes = [x.double().detach().requires_grad_() for x in inputs], slopes.double().detach().requires_grad_()
+    for options in ({}, {"softcap": 3.0, "return_lse": True}):
+        assert torch.autograd.gradcheck(
+            lambda s, options=options: attention(*inputs, alibi_slopes=s, **options), slopes
+        )
+
+
 def second_order(function, inputs):
     """Gradients of a function of the gradients, as in a gradient penalty."""
     outputs = function(*inputs)
@@ -118,8 +178,6 @@ def second_order(function, inputs):
 
 def test_double_backward_is_torchs(backend, device):
     for function, inputs in ((everything, with_bias(device)), (plain, tensors(device=device))):
-        if function is plain and backend == "torch":
-            continue  # torch's own operator, whose CPU kernel refuses to be differentiated twice
         mine = second_order(function, inputs)
         with bigkern.use_backend("torch"), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             its = second_order(function, inputs)
@@ -127,12 +185,14 @@ def test_double_backward_is_torchs(backend, device):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_forward_mode(backend, device):
-    inputs = with_bias(device, grad=False)
+@pytest.mark.parametrize("function", [everything, plain])
+def test_forward_mode(backend, device, function):
+    inputs = with_bias(device, grad=False) if function is everything else tensors(device=device, grad=False)
     tangents = tuple(torch.randn_like(x) for x in inputs)
-    mine = torch.func.jvp(everything, tuple(inputs), tangents)[1]
-    with bigkern.use_backend("torch"):
-        its = torch.func.jvp(everything, tuple(inputs), tangents)[1]
+    mine = torch.func.jvp(function, tuple(inputs), tangents)[1]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        its = torch.func.jvp(everything if function is everything else plain_reference, tuple(inputs), tangents)[1]
+    mine, its = ([x] if isinstance(x, torch.Tensor) else x for x in (mine, its))
     for a, b in zip(mine, its, strict=True):
         assert b.any()
         torch.testing.assert_close(a, b)

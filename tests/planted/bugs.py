@@ -33,6 +33,7 @@ STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
 RNN_CELLS, RNN_PRODUCT = "csrc/kernels/rnn_cells.cuh", "csrc/kernels/rnn_product.cuh"
 ATTENTION = "csrc/kernels/attention.cuh"
+DECODE = "csrc/kernels/attention_decode.cuh"
 
 BUGS = [
     Bug(
@@ -441,5 +442,45 @@ BUGS = [
         "    if (row >= rows || col >= cols) continue;",
         "    if (col >= cols) continue;",
         "asan",
+    ),
+    Bug(
+        "parts of a sequence overlap by a key",
+        "attention_decode",
+        DECODE,
+        "min(int64_t{from} + part, int64_t{to})",
+        "min(int64_t{from} + part + 1, int64_t{to})",
+        "plain",
+    ),
+    Bug(
+        "parts added without their shares",
+        "attention_decode",
+        DECODE,
+        "        sum.x += share * x.v[0];",
+        "        sum.x += x.v[0];",
+        "plain",
+    ),
+    Bug(
+        "new rows written a row too far",
+        "attention_decode",
+        DECODE,
+        "cache + (int64_t{length} + i) * cache_stride;",
+        "cache + (int64_t{length} + i + 1) * cache_stride;",
+        "plain",
+    ),
+    Bug(
+        "a new row read from the cache that another block writes",
+        "attention_decode",
+        DECODE,
+        "return row < length ?",
+        "return row <= length ?",
+        "race",
+    ),
+    Bug(
+        "a warp asks for keys over those it reads",
+        "attention_decode",
+        DECODE,
+        "    __syncwarp();  // everyone is done with them\n    ask_keys(later, stage);",
+        "    ask_keys(later, stage);",
+        "race",
     ),
 ]

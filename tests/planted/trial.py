@@ -343,11 +343,43 @@ def attention(library: ctypes.CDLL) -> str | None:
     return None
 
 
+def attention_decode(library: ctypes.CDLL) -> str | None:
+    """Several tiles of keys to a warp, parts that end within one, new rows at the end of a cache of NaN."""
+    heads, queries, new, dim = 3, 2, 2, 20
+    for length, splits in ((200, 1), (460, 3)):
+        rng = np.random.default_rng(length)
+        capacity, end = length + new + 1, length + new
+        q = rng.standard_normal((heads, queries, dim)).astype(np.float32)
+        k, v = (3 * rng.standard_normal((2, end, dim))).astype(np.float32)
+        caches = [np.full((capacity, dim), np.nan, np.float32) for _ in range(2)]
+        for cache, rows in zip(caches, (k, v), strict=True):
+            cache[:length] = rows[:length]
+        output = np.full(q.shape, np.nan, np.float32)
+        sizes = [ctypes.c_int(value) for value in (heads, queries, capacity, length, new, dim, splits)]
+        added = [np.ascontiguousarray(rows[length:]) for rows in (k, v)]
+        failure = call(library.run_attention_decode, *map(pointer, (q, *caches, *added, output)), *sizes)
+
+        scores = q.astype(np.float64) @ k.T.astype(np.float64) * dim**-0.5
+        scores = np.where(np.arange(end) <= end - queries + np.arange(queries)[:, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(2, keepdims=True))
+        weights /= weights.sum(2, keepdims=True)
+        failure = (
+            failure
+            or compare("output", output, weights @ v, 1e-5)
+            or compare("key_cache", caches[0][:end], k, 0.0)
+            or compare("value_cache", caches[1][:end], v, 0.0)
+        )
+        if failure:
+            return f"{length} rows, {splits} parts: {failure}"
+    return None
+
+
 # A GPU of one block, so that persistent kernels go round their loops; or several at once, where blocks meet.
 ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
 GPUS = {
     "adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3),
     "rnn": dict(workers=1, multiprocessors=8, blocks_per_multiprocessor=1),
+    "attention_decode": dict(multiprocessors=4, blocks_per_multiprocessor=1),
 }
 
 
@@ -360,6 +392,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "conv": conv,
         "rnn": rnn,
         "attention": attention,
+        "attention_decode": attention_decode,
     }[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")

@@ -13,7 +13,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from bigkern import backend
 from bigkern.ops import _attention_arguments as arguments
@@ -92,11 +91,15 @@ def attention(
     )
     if not extras and _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         try:
-            return torch._C._nn.scaled_dot_product_attention(
+            output = torch._C._nn.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         except (RuntimeError, ValueError, TypeError):
             pass  # what follows says which argument is wrong
+        else:
+            if not output.requires_grad:
+                return output
+            return _torch.differentiable_twice(output, query, key, value, attn_mask, is_causal, scale)
     op = "attention"
     bottom_right = False
     # By name: torch.nn.attention.bias imports all of torch._dynamo, and who has such a bias has done that.
@@ -310,14 +313,7 @@ def _dispatch(
     """(output, lse) of 4-D tensors on the backend that :func:`backend.select` names; options as the raw ops'."""
     implementation = backend.select("attention", _IMPLEMENTATIONS, query, key, value, *options)
     # Nothing to launch on no elements; forward mode and functorch need operators that torch can differentiate itself.
-    if (
-        implementation is _torch
-        or query.numel() == 0
-        or key.numel() == 0
-        or value.numel() == 0
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if implementation is _torch or query.numel() == 0 or key.numel() == 0 or value.numel() == 0 or _torch.transformed():
         return _torch.compose(query, key, value, *options, need_lse)
     query, key, value = (_unit_rows(tensor) for tensor in (query, key, value))
     mask = options[_MASK]
@@ -413,6 +409,7 @@ def _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
         and getattr(value, "dtype", None) is dtype
         and (attn_mask is None or (type(attn_mask) is Tensor and attn_mask.is_cpu and not is_causal))
         and 0 <= dropout_p <= 1
+        and not _torch.transformed()
     ):
         return False
     # torch's own look at shapes lets these pass.  A shape is built anew whenever it is asked for.

@@ -12,9 +12,12 @@ in fp32 for 16-bit inputs.  Packed sequences are padded to the longest one.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigkern.ops._torch_philox import dropout
 
@@ -48,7 +51,7 @@ def compose(
 
     Without ``philox`` the dropout mask is drawn by torch's own dropout.
     """
-    if need_lse or softcap > 0 or cu_seqlens_q is not None or philox is not None:
+    if need_lse or softcap > 0 or cu_seqlens_q is not None or philox is not None or transformed():
         return forward(
             query,
             key,
@@ -80,7 +83,49 @@ def compose(
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return output, None
+    return differentiable_twice(output, query, key, value, attn_mask, is_causal, scale), None
+
+
+def transformed() -> bool:
+    """Whether forward mode or functorch is at work, for which torch's fused operators have no rules."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def differentiable_twice(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """``output`` of F.scaled_dot_product_attention on a CPU, whose fused operator torch differentiates only once.
+
+    Where its gradients shall be differentiated themselves (create_graph), those of :func:`forward` take their place.
+    The hook that sees to it keeps none of the inputs alive longer than autograd does.
+    """
+    node = output.grad_fn if not torch.compiler.is_compiling() else None
+    if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
+        return output
+    references = [weakref.ref(tensor) for tensor in (query, key, value)]
+
+    def again(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]):
+        tensors = [reference() for reference in references]
+        if not torch.is_grad_enabled() or any(tensor is None for tensor in tensors):
+            return None
+        query, key, value = tensors
+        factor = query.shape[3] ** -0.5 if scale is None else scale
+        right = 0 if is_causal else -1
+        options = (None, None, None, query.shape[2], key.shape[2], -1, right, False, 0.0, factor, 0.0, None, False)
+        grads = backward(grad_outputs[0], None, query, key, value, None, None, attn_mask, *options, False, False)
+        return (
+            *(None if old is None else new for old, new in zip(grad_inputs[:3], grads[:3], strict=True)),
+            *grad_inputs[3:],
+        )
+
+    node.register_hook(again)
+    return output
 
 
 def forward(
@@ -159,8 +204,8 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
-    lse: Tensor,
+    output: Tensor | None,
+    lse: Tensor | None,
     attn_mask: Tensor | None,
     *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

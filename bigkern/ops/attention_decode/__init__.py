@@ -147,6 +147,9 @@ def attention_decode(
         output, lse = _torch.forward(query, key_cache, value_cache, *options, return_lse)
     else:
         output, lse = implementation.forward(query, key_cache, value_cache, *options)
+        if key is not None and not torch.compiler.is_compiling():
+            # Autograd shall notice if it has saved a cache. torch.compile reads the raw op's schema.
+            torch.autograd.graph.increment_version([x for x in (key_cache, value_cache) if not x.is_inference()])
     return (output, lse) if return_lse else output
 
 

@@ -1,0 +1,7 @@
+#include "kernels/attention_decode.cuh"
+
+namespace bigkern {
+
+template int attention_decode_forward<float>(const AttentionDecodeParams&, Stream, const std::function<void*(size_t)>&);
+
+}  // namespace bigkern
