@@ -118,6 +118,10 @@ def test_every_command_has_help(capsys, name):
         (["train", "attention-classifier", "--data", "."], "attention-classifier takes text, or a CSV file"),
         (["train", "autoencoder", "--data", "nowhere"], "autoencoder takes digits, mnist"),
         (["train", "mlp", "--data", "nowhere"], "mlp takes diabetes, or a CSV file of numbers"),
+        (["train", "seq2seq", "--data", "nowhere"], "seq2seq takes numbers, or a CSV file with a text and a label"),
+        (["train", "gpt", "--data", "nowhere"], "gpt takes text, or a text file"),
+        (["train", "bert", "--data", "."], "bert takes text, or a CSV file"),
+        (["train", "feature-transformer", "--data", "nowhere"], "feature-transformer takes digits, mnist"),
         (["train", "cnn", "--device", "abacus"], "--device abacus"),
         (["train", "cnn", "--resume"], "runs/cnn: no checkpoint there"),
         (["evaluate", "nowhere"], "nowhere: no checkpoint there"),
@@ -205,14 +209,14 @@ def test_standard_input(capsys, monkeypatch, reviews):
     assert "standard input: empty" in refused(capsys, "predict", "run")
 
 
-@pytest.mark.parametrize("model", ["cnn", "cnn-small"])
+@pytest.mark.parametrize("model", ["cnn", "cnn-small", "feature-transformer"])
 def test_images_from_training_to_prediction(capsys, pictures, model):
-    extra = ("--image-size", 18) if model == "cnn" else ()
+    extra = () if model == "cnn-small" else ("--image-size", 18)
     status, out, _ = call(
         capsys, "train", model, "--data", pictures, "--epochs", 6, "--batch-size", 4, "--out", "run", *extra
     )
     assert status == 0, out
-    assert "18x18 grey" in out if model == "cnn" else "28x28 grey" in out
+    assert "28x28 grey" in out if model == "cnn-small" else "18x18 grey" in out
     assert "100.00%" in call(capsys, "evaluate", "run", "--data", pictures)[1]
     image = pictures / "dark" / "3.png"
     assert "dark" in call(capsys, "predict", "run", image, "--top", 1)[1].replace(str(image), "")
@@ -222,9 +226,9 @@ def test_images_from_training_to_prediction(capsys, pictures, model):
     assert "torn.png: not an image" in refused(capsys, "predict", "run", pictures / "torn.png")
 
 
-@pytest.mark.parametrize("model", ["gru", "lstm"])
+@pytest.mark.parametrize("model", ["gru", "lstm", "gpt"])
 def test_writing_goes_on_with_the_alphabet(capsys, alphabet, model):
-    epochs = 40 if model == "gru" else 6
+    epochs = {"gru": 40, "lstm": 6, "gpt": 20}[model]
     status, out, _ = call(
         capsys,
         "train",
@@ -236,7 +240,7 @@ def test_writing_goes_on_with_the_alphabet(capsys, alphabet, model):
         "--batch-size",
         8,
         "--lr",
-        "1e-2",
+        "3e-3" if model == "gpt" else "1e-2",
         "--out",
         "run",
     )
@@ -245,6 +249,23 @@ def test_writing_goes_on_with_the_alphabet(capsys, alphabet, model):
     start = "abcdefghijklmnopqrstuvwxyz " * 2 + "abcdefgh"
     written = call(capsys, "predict", "run", "--text", start, "--length", 8, "--temperature", 0)[1]
     assert written == f"{start}ijklmnop\n"
+
+
+def test_answers_from_training_to_prediction(capsys, tmp_path):
+    path = tmp_path / "colours.csv"
+    rows = [f"the {name} one is number {i},{name[0].upper()}" for i in range(30) for name in ("red", "blue", "green")]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    status, out, _ = call(capsys, "train", "seq2seq", "--data", path, "--epochs", 6, "--batch-size", 8, "--out", "run")
+    assert status == 0, out
+    assert "81 samples to train on, 9 held out" in out and "bigkern (torch): Transformer" in out
+    out = call(capsys, "evaluate", "run")[1]
+    assert "whole answers right" in out and "100.00%" in out
+    assert "90 samples" in call(capsys, "evaluate", "run", "--data", path)[1]
+    status, out, err = call(capsys, "predict", "run", "--text", "the blue one is number 7", "--text", "a green one")
+    rows = [line.split("\u2502")[1:3] for line in out.splitlines() if line.startswith("\u2502")]
+    assert [answer.strip() for _, answer in rows] == ["B", "G"]
+    assert "a green one: the model does not know a" in err
+    assert "no column 'label'" in refused(capsys, "evaluate", "run", "--data", write(tmp_path / "other.csv", "text\na"))
 
 
 def test_numbers_from_training_to_prediction(capsys, tmp_path):
@@ -364,5 +385,6 @@ def test_demo_learns(capsys):
     assert all(math.exp(models[name]["loss"]) < 0.85 * models[name]["baseline"] for name in ("gru", "lstm"))
     assert models["autoencoder"]["accuracy"] >= 0.85 and models["autoencoder-conv"]["accuracy"] >= 0.8
     assert models["mlp"]["accuracy"] >= 0.35
-    for name in ("gru", "lstm", "transformer", "attention-classifier", "self-attention-classifier"):
+    assert models["seq2seq"]["accuracy"] >= 0.95
+    for name in ("gpt", "gru", "lstm", "transformer", "attention-classifier", "self-attention-classifier"):
         assert models[name]["accuracy"] > models[name]["majority_accuracy"] + 0.1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bigkern.models import pretrained
 from bigkern.models.layers import BIGKERN, Layers
 from bigkern.models.pretrained import Source, layer_sources
-from bigkern.models.transformer import PADDING, TransformerBlock, hidden_positions
+from bigkern.models.transformer import PADDING, TransformerBlock, hidden_positions, initial_spread
 
 # What a configuration may say beside its sizes. The first is what it means when it does not say.
 _SUPPORTED = {
@@ -87,10 +87,11 @@ class BERT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights as the paper's code does: normal with spread 0.02, biases 0."""
+        """Draws the weights as the paper's code does: normal with spread 0.02 at 768 features, biases 0."""
+        spread = initial_spread(self.tokens.embedding_dim)
         for name, parameter in self.named_parameters():
             if "norm" not in name:
-                nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+                nn.init.normal_(parameter, std=spread) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
@@ -142,7 +143,7 @@ class BERTForSequenceClassification(nn.Module):
         self.dropout = layers.Dropout(dropout if classifier_dropout is None else classifier_dropout)
         self.classifier = layers.Linear(dim, classes)
         for layer in (self.pooler[0], self.classifier):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=initial_spread(dim))
             nn.init.zeros_(layer.bias)
 
     def forward(

@@ -17,7 +17,7 @@ from torch.nn import functional
 from bigkern.models import pretrained
 from bigkern.models.layers import BIGKERN, Layers
 from bigkern.models.pretrained import Source, layer_sources
-from bigkern.models.transformer import TransformerBlock
+from bigkern.models.transformer import TransformerBlock, initial_spread
 from bigkern.ops import attention, attention_decode
 
 # What a configuration may say beside its sizes. The first is what it means when it does not say.
@@ -129,7 +129,11 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights as GPT-2: normal with spread 0.02, less for what each of the blocks adds to the stream."""
+        """Draws the weights as GPT-2: normal with spread 0.02 at 768 features, less where a block adds to the stream.
+
+        See :func:`initial_spread` for fewer features.
+        """
+        spread = initial_spread(self.tokens.embedding_dim)
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 continue
@@ -137,7 +141,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 adds = name.endswith(("out_proj.weight", "feed_forward.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if adds else 0.02)
+                nn.init.normal_(parameter, std=spread / math.sqrt(2 * len(self.blocks)) if adds else spread)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T) token numbers -> (N, T, vocabulary) logits of the token that follows each.

@@ -149,16 +149,16 @@ def test_fine_tuning_a_loaded_encoder(folder):
     optimizer = bigkern.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(2)
 
-    def batch():
-        labels = torch.randint(0, 2, (32,), generator=generator)
-        tokens = torch.randint(3, 50, (32, 8), generator=generator)
-        return tokens.scatter(1, torch.randint(1, 8, (32, 1), generator=generator), labels[:, None] + 1), labels
+    def batch(texts):
+        labels = torch.randint(0, 2, (texts,), generator=generator)
+        tokens = torch.randint(3, 50, (texts, 8), generator=generator)
+        return tokens.scatter(1, torch.randint(1, 8, (texts, 1), generator=generator), labels[:, None] + 1), labels
 
-    for _ in range(60):
-        tokens, labels = batch()
+    for _ in range(150):
+        tokens, labels = batch(32)
         loss = torch.nn.functional.cross_entropy(model(tokens), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    tokens, labels = batch()
-    assert (model.eval()(tokens).argmax(1) == labels).double().mean() >= 0.95
+    tokens, labels = batch(500)
+    assert (model.eval()(tokens).argmax(1) == labels).double().mean() >= 0.9

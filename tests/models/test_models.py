@@ -43,7 +43,7 @@ def tokens(*shape, below=11):
 # Without dropout, so that so few steps suffice.
 SMALL_BERT = {"dim": 16, "heads": 2, "blocks": 1, "feed_forward": 32, "dropout": 0.0, "attention_dropout": 0.0}
 FEATURES = {"input_dim": 5, "output_dim": 3, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.0}
-PAIRS = {"source_vocabulary": 11, "target_vocabulary": 7, "dim": 16, "feed_forward": 32}
+PAIRS = {"source_vocabulary": 11, "target_vocabulary": 7, "dim": 32, "feed_forward": 64}
 
 # model, arguments, inputs, shape of the logits
 CASES = {

@@ -49,7 +49,7 @@ def score(model, text, written):
     """The sum of the logarithms of the chances of ``written``, up to its end."""
     written = [*itertools.takewhile(lambda token: token not in (0, END), written), *([END] if END in written else [])]
     with torch.no_grad():
-        logits = model(text, torch.tensor([[START, *written[:-1]]])))[0]
+        logits = model(text, torch.tensor([[START, *written[:-1]]]))[0]
     return float(logits.log_softmax(-1)[range(len(written)), written].sum())
 
 
