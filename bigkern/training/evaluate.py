@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     rows.add_row("answers", f"{result.targets:,}")
     to.print(rows)
     if not isinstance(encoder, CharacterEncoder):
-        counts = split.targets.bincount(minlength=len(encoder.classes)).tolist()
+        counts = split.targets.flatten().bincount(minlength=len(encoder.classes)).tolist()
         recall = table("By class", "class", "samples", "recognised", right=("samples", "recognised"))
         for label, count, share in zip(encoder.classes, counts, result.recall, strict=True):
             recall.add_row(label, f"{count:,}", f"{share:.1%}" if count else "-")
