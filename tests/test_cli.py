@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -349,6 +350,18 @@ def test_a_diverging_loss_ends_training_in_one_line(capsys, reviews):
         capsys, "train", "transformer", "--data", reviews, "--out", "run", "--lr", "1e30", "--optimizer", "sgd"
     )
     assert "the loss became" in line and "smaller --lr" in line
+
+
+def test_a_tagger_is_trained_judged_and_used(capsys, tmp_path):
+    source = tmp_path / "source.py"
+    source.write_text("def twice(x):  # a comment\n    return 2 * x + len('text')\n\n\n" * 60)
+    status, out, _ = call(capsys, "train", "gru-tagger", "--data", str(source), "--epochs", "12", "--out", "tags")
+    assert status == 0, out
+    status, out, _ = call(capsys, "evaluate", "tags", "--data", str(source))
+    assert status == 0 and "comment" in out and "keyword" in out
+    status, out, _ = call(capsys, "predict", "tags", "--text", "def twice(x):  # a comment")
+    assert status == 0
+    assert re.search(r"keyword +'def'", out) and re.search(r"comment +'# a comment'", out), out
 
 
 def test_demo_shows_every_model(capsys):

@@ -174,6 +174,19 @@ def test_waves(device):
     assert all(map(torch.equal, found[0] + found[1], steps[0] + steps[1]))
 
 
+@pytest.mark.parametrize(
+    ("cell", "dtype"), pick([(i, t) for i in (0, 2, 3) for t in (BF16, F16)], [(2, BF16)]), ids=str
+)
+def test_error_does_not_grow_with_the_steps(cell, dtype, device):
+    """Over 2,000 steps against float64: the last 400 as exact as the first, where h and c are carried in fp32."""
+    arguments = inputs(cell, dtype, device, steps=2000, batch=1, hidden=8)
+    found = _cuda.forward(**arguments, save=False)[0].double()
+    exact = _torch.forward(**{name: double(value) for name, value in arguments.items()}, save=False)[0]
+    parts = zip(found.chunk(5), exact.chunk(5), strict=True)
+    errors = [((mine - truth).norm() / truth.norm()).item() for mine, truth in parts]
+    assert max(errors) <= 1.5 * errors[0] and max(errors) <= torch.finfo(dtype).eps, errors
+
+
 @pytest.mark.parametrize("hidden", [16, 24])
 def test_weights_and_states_at_odd_addresses(hidden, device):
     arguments = inputs(3, BF16, device, hidden=hidden)

@@ -18,7 +18,7 @@ import bigkern
 from bigkern.models.rnn import gru_with_state_dropout
 from bigkern.ops import gru, lstm, rnn
 from bigkern.ops.rnn import _torch
-from bigkern.ops.rnn._schema import CELLS, GATES
+from bigkern.ops.rnn._schema import CELLS, GATES, VARIANTS
 from tests import numerics
 from tests.conftest import pick
 
@@ -544,6 +544,54 @@ def test_raw_ops(backend, device, cell, packed):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
     torch.library.opcheck(raw.rnn_forward.default, forward)
     torch.library.opcheck(raw.rnn_backward.default, backward)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("block", BF16), ("step", BF16), ("step", F32)], ids=str)
+@pytest.mark.parametrize("cell", range(4), ids=CELLS)
+def test_triton_runs_all_steps_in_one_program_or_each_in_one(backend, device, cell, dtype, variant):
+    """More sequences than a program takes, a mask, two directions, ragged and not; beside float64."""
+    if backend != "triton":
+        pytest.skip("the CUDA kernels' variants are tested with the kernels")
+    generator = torch.Generator().manual_seed(cell)
+    hidden, directions, gates = 19, 2, GATES[cell]
+
+    def data(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    for lengths in ([2] * 3, [3, 2, 2] + [1] * 15):
+        batch, packed = len(lengths), lengths[0] != lengths[-1]
+        sizes = torch.tensor([sum(length > t for length in lengths) for t in range(lengths[0])])
+        state = (directions, batch, hidden)
+        arguments = (
+            data(sum(lengths), directions * gates * hidden),
+            data(directions, gates * hidden, hidden, scale=hidden**-0.5),
+            data(directions, hidden) if CELLS[cell] == "GRU" else None,
+            data(*state),
+            data(*state) if CELLS[cell] == "LSTM" else None,
+            (torch.rand(state, generator=generator) < 0.7).to(device, dtype),
+            (sizes.cumsum(0) - sizes).to(device) if packed else None,
+            torch.tensor(lengths, device=device) if packed else None,
+            cell,
+            True,
+        )
+        found = torch.ops.bigkern_triton.rnn_forward.default(*arguments, VARIANTS.index(variant))
+        exact = _torch.forward(*(numerics.to_double(a) if isinstance(a, Tensor) else a for a in arguments))
+        for mine, truth in zip(found, exact, strict=True):
+            assert mine.shape == truth.shape and mine.dtype == dtype
+            error = (mine.double() - truth).norm() / truth.norm() if truth.numel() else 0
+            assert error <= (1.5 * torch.finfo(dtype).eps if dtype == BF16 else 5e-7)
+
+
+def test_triton_refuses_variants_that_it_has_not(backend, device):
+    if backend != "triton":
+        pytest.skip("the CUDA kernels' refusals are tested with the kernels")
+    arguments = raw_arguments(0, device, False)
+    with pytest.raises(ValueError, match="variant is 'grid'"):
+        torch.ops.bigkern_triton.rnn_forward.default(*arguments, True, VARIANTS.index("grid"))
+    wide = [torch.zeros(6, 400, device=device), torch.zeros(2, 200, 200, device=device), None]
+    wide += [torch.zeros(2, 2, 200, device=device), None, None, None, None, 0, True]
+    with pytest.raises(ValueError, match="no program holds 200 hidden units in torch"):
+        torch.ops.bigkern_triton.rnn_forward.default(*wide, VARIANTS.index("block"))
 
 
 @modes

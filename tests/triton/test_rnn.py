@@ -49,3 +49,30 @@ def test_cells_compile_without_spills(cell, architecture, monkeypatch):
         found = aot.inspect(kernel.asm["cubin"])
         assert found["LDL"] == found["STL"] == found["local"] == found["ATOM"] == 0, (name, found)
         assert found["registers"] <= 64, (name, found)
+
+
+@pytest.mark.parametrize("architecture", pick(aot.ARCHITECTURES, [90]))
+@pytest.mark.parametrize(("cell", "hidden"), pick([(0, 128), (1, 128), (2, 64), (3, 128)], [(2, 64), (3, 128)]))
+def test_whole_sequences_compile_without_spills(cell, hidden, architecture, monkeypatch):
+    from triton.runtime import driver
+
+    from bigkern.ops.rnn import _triton, _triton_kernels
+
+    compiled: list = []
+    catcher = aot._Catcher(_triton_kernels.sequence_forward, compiled)
+    monkeypatch.setattr(_triton_kernels, "sequence_forward", catcher)
+    before = driver._active
+    driver.set_active(aot._Driver(architecture))
+    try:
+        lengths, dtype = torch.tensor([4, 2]), torch.bfloat16
+        state, gates = torch.zeros(2, 2, hidden, dtype=dtype), GATES[cell] * hidden
+        bias = torch.zeros(2, hidden, dtype=dtype) if CELLS[cell] == "GRU" else None
+        rows, weight = torch.zeros(6, 2 * gates, dtype=dtype), torch.zeros(2, gates, hidden, dtype=dtype)
+        c0, offsets = state if CELLS[cell] == "LSTM" else None, torch.tensor([0, 2, 4, 5])
+        _triton._forward(rows, weight, bias, state, c0, state, offsets, lengths, cell, True, 0)
+    finally:
+        driver._active = before
+    ((_, kernel),) = compiled
+    found = aot.inspect(kernel.asm["cubin"])
+    assert found["LDL"] == found["STL"] == found["local"] == found["ATOM"] == 0, found
+    assert found["registers"] <= 255 and kernel.metadata.shared <= aot.MAX_SHARED[architecture], found

@@ -1,4 +1,6 @@
-"""Recurrent layers in Triton: a product and a fused cell for each step, and their raw ops."""
+"""Recurrent layers in Triton, and their raw ops: a product and a fused cell for each step; of small 16-bit layers
+all of the forward pass in one, a program for each sixteen sequences.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,19 @@ from bigkern.ops.rnn import _schema
 from bigkern.ops.rnn._schema import GATES, SAVED
 
 _BLOCK = 256
+_ROWS = 16
+
+
+def _fits(cell: int, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether one program holds a layer without a spill (tests/triton): LSTM to H = 64, the others to 128; not fp32,
+    whose products are no tensor core's.
+    """
+    return dtype != torch.float32 and GATES[cell] * _units(hidden) <= 384
+
+
+def _units(hidden: int) -> int:
+    """Hidden units rounded up to a power of two, at least what a tensor core multiplies."""
+    return max(16, 1 << (hidden - 1).bit_length())
 
 
 def unsupported(
@@ -84,7 +99,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bigkern.ops.rnn._triton_kernels import cell_forward
 
-    _check_variant(variant)
+    if _runs_whole(variant, cell, h0.shape[2], gates.dtype):
+        return _forward_whole(gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
     rows, (directions, batch, hidden) = gates.shape[0], h0.shape
     width, kept = GATES[cell] * hidden, SAVED[cell] if save else 0
     output = gates.new_empty((rows, directions * hidden))
@@ -139,7 +155,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bigkern.ops.rnn._triton_kernels import cell_backward
 
-    _check_variant(variant)
+    if _schema.VARIANTS[variant] == "grid":
+        raise ValueError(_NO_GRID)
     rows, (directions, batch, hidden) = output.shape[0], h0.shape
     width, kept = GATES[cell] * hidden, SAVED[cell]
     is_gru = _schema.CELLS[cell] == "GRU"
@@ -190,9 +207,64 @@ def _backward(
     return grad_gates, grad_hidden, dh.to(dtype), output.new_empty((0,)) if dc is None else dc.to(dtype)
 
 
-def _check_variant(variant: int) -> None:
-    if variant != 0:
-        raise ValueError(f"rnn: variant is {_schema.VARIANTS[variant]!r}; the Triton kernels have one, 'auto'")
+_NO_GRID = "rnn: variant is 'grid'; the Triton kernels have 'auto', 'block' and 'step'"
+
+
+def _runs_whole(variant: int, cell: int, hidden: int, dtype: torch.dtype) -> bool:
+    name = _schema.VARIANTS[variant]
+    if name == "grid":
+        raise ValueError(_NO_GRID)
+    if name == "block" and not _fits(cell, hidden, dtype):
+        raise ValueError(f"rnn: variant is 'block'; no program holds {hidden} hidden units in {dtype}")
+    return name == "block" or (name == "auto" and _fits(cell, hidden, dtype))
+
+
+def _forward_whole(
+    gates: Tensor,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
+    cell: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All steps in one launch.  A packed batch is not waited for: its lengths stay on the GPU."""
+    from bigkern.ops.rnn._triton_kernels import sequence_forward
+
+    rows, (directions, batch, hidden) = gates.shape[0], h0.shape
+    kept = SAVED[cell] if save else 0
+    output = gates.new_empty((rows, directions * hidden))
+    saved = gates.new_empty((rows, directions * kept * hidden)) if kept else gates.new_empty((0,))
+    hn, cn = torch.empty_like(h0), gates.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+    with _triton_support.device_guard(gates.device):
+        sequence_forward[(-(-batch // _ROWS), directions)](
+            gates,
+            weight_hh,
+            bias_hn,
+            h0,
+            c0,
+            mask,
+            offsets,
+            lengths,
+            output,
+            hn,
+            None if c0 is None else cn,
+            saved if kept else None,
+            rows // batch if offsets is None else offsets.shape[0],
+            batch,
+            hidden,
+            CELL=cell,
+            GATES=GATES[cell],
+            SAVED=SAVED[cell],
+            ROWS=_ROWS,
+            UNITS=_units(hidden),
+            num_warps=4 if GATES[cell] == 1 else 8,  # what registers hold without a spill
+            num_stages=1,  # the weights come from L1 and L2: copies ahead would not fit shared memory
+        )
+    return output, hn, cn, saved
 
 
 def _steps(rows: int, batch: int, offsets: Tensor | None) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
-"""The fused cells in Triton: all gates of one step in one kernel, forward and backward.
+"""The fused cells in Triton: all gates of one step in one kernel, forward and backward; and, where W_hh fits one
+program, all steps of the forward pass in one.
 
-The product with W_hh is torch.matmul's, one a step.  Imported at the first launch.
+Step by step the product with W_hh is torch.matmul's.  Imported at the first launch.
 """
 
 import triton
@@ -165,3 +166,111 @@ def cell_backward(
         tl.store(gates_at, g0, inside)
         tl.store(operand_at, g0, inside)
     tl.store(dh + i, bypass, inside)
+
+
+@triton.jit
+def _product(states, weight, at, inside, KIND: tl.constexpr):
+    """states (ROWS, K) times the transpose of one gate's weights: (ROWS, K) in fp32."""
+    return tl.dot(states.to(KIND), tl.load(weight + at, inside, 0.0))
+
+
+@triton.jit
+def sequence_forward(
+    gates,  # (rows, directions * G * hidden)
+    weight,  # (directions, G * hidden, hidden)
+    bias_hn,  # (directions, hidden) or None
+    h0,  # (directions, batch, hidden)
+    c0,  # the same; LSTM's, or None
+    mask,  # the same, or None
+    offsets,  # (steps,) and lengths (batch,) int64 of a packed batch, or None
+    lengths,
+    output,  # (rows, directions * hidden)
+    hn,  # as h0
+    cn,  # as h0; LSTM's, or None
+    saved,  # (rows, directions * S * hidden) or None
+    steps,
+    batch,
+    hidden,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    ROWS: tl.constexpr,  # sequences of a program: those of a tensor core's tile
+    UNITS: tl.constexpr,  # hidden rounded up to a power of two
+):
+    direction = tl.program_id(1).to(tl.int64)
+    directions = tl.num_programs(1)
+    kind = output.dtype.element_ty
+    unit = tl.arange(0, UNITS)
+    sequence = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = sequence < batch
+    here = live[:, None] & (unit < hidden)[None, :]
+    length = tl.zeros_like(sequence) + steps
+    if lengths is not None:
+        length = tl.load(lengths + sequence, live, 0)
+    state_at = (direction * batch + sequence)[:, None] * hidden + unit[None, :]
+    h = tl.load(h0 + state_at, here, 0.0).to(tl.float32)
+    c = tl.zeros_like(h)
+    if CELL == 2:
+        c = tl.load(c0 + state_at, here, 0.0).to(tl.float32)
+    scale = tl.zeros_like(h) + 1.0
+    if mask is not None:
+        scale = tl.load(mask + state_at, here, 0.0).to(tl.float32)
+    bias = tl.zeros([UNITS], tl.float32)
+    if bias_hn is not None:
+        bias = tl.load(bias_hn + direction * hidden + unit, unit < hidden, 0.0).to(tl.float32)
+    # Transposed: element (k, unit) of a gate's product.
+    own = weight + direction * GATES * hidden * hidden
+    weight_at = unit[None, :] * hidden + unit[:, None]
+    square = (unit < hidden)[None, :] & (unit < hidden)[:, None]
+    gate = hidden * hidden
+    for step in range(steps):
+        active = live & (step < length)
+        inside = active[:, None] & (unit < hidden)[None, :]
+        time = step + direction * (length - 1 - 2 * step)
+        row = time * batch + sequence
+        if offsets is not None:
+            row = tl.load(offsets + time, active, 0) + sequence
+        part = row * directions + direction
+        x_at = gates + (part * GATES * hidden)[:, None] + unit[None, :]
+        states = h * scale
+        total0 = tl.load(x_at, inside, 0.0).to(tl.float32) + _product(states, own, weight_at, square, kind)
+        if CELL >= 2:
+            a1 = _product(states, own + gate, weight_at, square, kind)
+            a2 = _product(states, own + 2 * gate, weight_at, square, kind)
+            total1 = tl.load(x_at + hidden, inside, 0.0).to(tl.float32) + a1
+            x2 = tl.load(x_at + 2 * hidden, inside, 0.0).to(tl.float32)
+        saved_at = output + part[:, None]
+        if saved is not None:
+            saved_at = saved + (part * SAVED * hidden)[:, None] + unit[None, :]
+        if CELL == 2:
+            a3 = _product(states, own + 3 * gate, weight_at, square, kind)
+            gate_o = tl.sigmoid(tl.load(x_at + 3 * hidden, inside, 0.0).to(tl.float32) + a3)
+            gate_i, gate_f, gate_g = tl.sigmoid(total0), tl.sigmoid(total1), _tanh(x2 + a2)
+            new_c = gate_f * c + gate_i * gate_g
+            new = gate_o * _tanh(new_c)
+            if saved is not None:
+                tl.store(saved_at, gate_i.to(kind), inside)
+                tl.store(saved_at + hidden, gate_f.to(kind), inside)
+                tl.store(saved_at + 2 * hidden, gate_g.to(kind), inside)
+                tl.store(saved_at + 3 * hidden, gate_o.to(kind), inside)
+                tl.store(saved_at + 4 * hidden, new_c.to(kind), inside)
+            c = tl.where(inside, new_c, c)
+        elif CELL == 3:
+            reset, update = tl.sigmoid(total0), tl.sigmoid(total1)
+            inner = a2 + bias[None, :]
+            proposal = _tanh(x2 + reset * inner)
+            new = (1.0 - update) * proposal + update * h
+            if saved is not None:
+                tl.store(saved_at, reset.to(kind), inside)
+                tl.store(saved_at + hidden, update.to(kind), inside)
+                tl.store(saved_at + 2 * hidden, proposal.to(kind), inside)
+                tl.store(saved_at + 3 * hidden, inner.to(kind), inside)
+        elif CELL == 1:
+            new = tl.where(total0 < 0.0, 0.0, total0)  # NaN passes
+        else:
+            new = _tanh(total0)
+        tl.store(output + (part * hidden)[:, None] + unit[None, :], new.to(kind), inside)
+        h = tl.where(inside, new, h)
+    tl.store(hn + state_at, h.to(kind), here)
+    if CELL == 2:
+        tl.store(cn + state_at, c.to(kind), here)
