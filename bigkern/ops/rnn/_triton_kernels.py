@@ -245,9 +245,9 @@ def sequence_forward(
         if CELL == 2:
             a3 = _product(states, own + 3 * gate, weight_at, square, kind)
             gate_o = tl.sigmoid(tl.load(x_at + 3 * hidden, inside, 0.0).to(tl.float32) + a3)
-            gate_i, gate_f, gate_g = tl.sigmoid(total0), tl.sigmoid(total1), _tanh(x2 + a2)
+            gate_i, gate_f, gate_g = tl.sigmoid(total0), tl.sigmoid(total1), tanh(x2 + a2)
             new_c = gate_f * c + gate_i * gate_g
-            new = gate_o * _tanh(new_c)
+            new = gate_o * tanh(new_c)
             if saved is not None:
                 tl.store(saved_at, gate_i.to(kind), inside)
                 tl.store(saved_at + hidden, gate_f.to(kind), inside)
@@ -258,7 +258,7 @@ def sequence_forward(
         elif CELL == 3:
             reset, update = tl.sigmoid(total0), tl.sigmoid(total1)
             inner = a2 + bias[None, :]
-            proposal = _tanh(x2 + reset * inner)
+            proposal = tanh(x2 + reset * inner)
             new = (1.0 - update) * proposal + update * h
             if saved is not None:
                 tl.store(saved_at, reset.to(kind), inside)
@@ -268,7 +268,7 @@ def sequence_forward(
         elif CELL == 1:
             new = tl.where(total0 < 0.0, 0.0, total0)  # NaN passes
         else:
-            new = _tanh(total0)
+            new = tanh(total0)
         tl.store(output + (part * hidden)[:, None] + unit[None, :], new.to(kind), inside)
         h = tl.where(inside, new, h)
     tl.store(hn + state_at, h.to(kind), here)
