@@ -117,12 +117,12 @@ def test_a_head_of_its_own_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-def test_the_cache_changes_no_token(sampled):
-    model = small()
-    text = tokens(3, 4)
+def test_the_cache_changes_no_token(sampled, backend, device):
+    model = small().to(device)
+    text = tokens(3, 4).to(device)
 
     def written(use_cache):
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(device).manual_seed(5)
         options = dict(do_sample=sampled, top_k=10, temperature=1.5, generator=generator)
         return model.generate(text, 12, use_cache=use_cache, **options)
 
