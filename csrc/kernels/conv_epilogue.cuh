@@ -251,8 +251,7 @@ struct StoreOutput {
   static __device__ __forceinline__ void load_results(const float* results, int row, int col, float (&values)[V]) {
     const float* const p = results + row * kResultPitch<Shape> + col;
     if constexpr (V == 4) {
-      const float4 all = *reinterpret_cast<const float4*>(p);
-      values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
+      load_floats<float, V>(p, values);
     } else {
       const bool swap = threadIdx.x & 4;
       const float4 one = *reinterpret_cast<const float4*>(p + (swap ? 4 : 0));

@@ -472,14 +472,16 @@ def test_small(name, device):
 
 @pytest.mark.sanitized
 @pytest.mark.emulated
-@pytest.mark.parametrize("pool", [(), (2, 2, 2, 2, 0, 0)], ids=["plain", "pooled"])
-def test_shared_memory_without_bank_conflicts(pool, device, kernels):
+@pytest.mark.parametrize(
+    ("pool", "dtype"), [((), BF16), ((2, 2, 2, 2, 0, 0), BF16), ((), F32)], ids=["plain", "pooled", "TF32"]
+)
+def test_shared_memory_without_bank_conflicts(pool, dtype, device, kernels):
     """The main path: copies into the ring, ldmatrix; in the race build, the tile of results and the epilogue too."""
     conv = Conv(1, 64, (8, 8), 64, (3, 3), padding=(1, 1), activation=1, pool=pool)
-    x, weight, bias = operands(conv, BF16, device, channels_last=True)
+    x, weight, bias = operands(conv, dtype, device, channels_last=True)
     kernels.set_options(bank_conflicts=True)
     kernels.reset_counters()
-    forward(conv, x, weight, bias, channels_last=True)
+    forward(conv, x, weight, bias, channels_last=True, tf32=True)
     counted = kernels.counters()
     kernels.set_options(bank_conflicts=False)
     assert counted["shared_load_wavefronts"] > 0 and counted["shared_store_wavefronts"] > 0
