@@ -183,7 +183,7 @@ class Tile(NamedTuple):
 def _tile(kernel: str, dim: int, dtype: torch.dtype, plain: bool) -> Tile:
     """For "forward", or backward's "keys", "queries" or "mask"; dim is the padded one.
 
-    Bound by registers: twice any of these spills somewhere (tests/triton/test_attention_aot.py watches).
+    Bound by registers: larger ones spill where features come together (tests/triton/test_attention_aot.py watches).
     """
     if support.INTERPRETED:  # which has none, and takes its time by the tile
         return Tile(64, 64, 4, 1)
