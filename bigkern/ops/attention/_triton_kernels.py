@@ -209,9 +209,9 @@ def _scores(
 def _exponential(difference, factor, PRECISION: tl.constexpr):
     """2 to the power of a difference times factor."""
     if PRECISION == "ieee":
-        # A difference of 10 times log2(e) rounds by 5e-7, which would be the weight's error; one below ln(2) does not.
+        # A difference of 10 times log2(e) rounds by 5e-7, which would be the weight's error; one below 0.35 does not.
         difference = tl.where(difference < -150.0, -150.0, difference)  # whose exponential is 0; NaN passes
-        power = tl.floor(difference * factor)
+        power = tl.floor(difference * factor + 0.5)
         rest = difference - power * _LN2_HIGH - power * _LN2_LOW
         return tl.exp2(power) * tl.exp2(rest * factor)
     else:
@@ -365,7 +365,10 @@ def attention_forward_kernel(
 
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
-    result = acc * (dropout_scale / total)[:, None]
+    if PRECISION == "ieee":  # rounded once; a reciprocal would round once more
+        result = tl.div_rn(acc * dropout_scale, tl.broadcast_to(total[:, None], acc.shape))
+    else:
+        result = acc * (dropout_scale / total)[:, None]
     _store_rows(output, result, home, head, first_q, row, queries, total_q, heads, VALUE_DIM, BLOCK_V)
     row_lse = (top * scale if PLAIN else top) + tl.log(total)
     row_lse = tl.where(blind, -float("inf"), row_lse)
