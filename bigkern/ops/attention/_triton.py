@@ -188,7 +188,7 @@ def _tile(kernel: str, dim: int, dtype: torch.dtype, plain: bool) -> Tile:
     if support.INTERPRETED:  # which has none, and takes its time by the tile
         return Tile(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Tile(32, 32 if dim <= 128 else 16, 4 if dim <= 64 and kernel != "keys" else 8, 2)
+        return Tile(32, 32 if dim <= 128 else 16, 4 if kernel != "keys" and dim != 128 else 8, 2)
     if kernel == "forward":
         if dim > 128:
             return Tile(64 if plain else 32, 32, 8, 2)
