@@ -45,7 +45,6 @@ def on_triton(monkeypatch):
 
 def small_tiles(monkeypatch):
     monkeypatch.setattr(_triton, "_tile", lambda *traits: _triton.Tile(16, 16, 4, 1))
-    monkeypatch.setattr(_triton, "_CHUNK", 16)
 
 
 def check(case: Case):
@@ -71,7 +70,7 @@ def test_tiles_before_whole_ones_whole_ones_and_tiles_after(case):
 
 
 def test_tiles_of_other_shapes(monkeypatch):
-    tiles = {"forward": (32, 16), "keys": (16, 32), "queries": (32, 16)}
+    tiles = {"forward": (32, 16), "keys": (16, 32), "queries": (32, 16), "mask": (16, 32)}
     monkeypatch.setattr(_triton, "_tile", lambda kernel, *traits: _triton.Tile(*tiles[kernel], 4, 1))
     check(Case(dtype=torch.float16, lengths=(40, 70), heads=(1, 1), head_dim=8, mask="bias", window=(30, 9)))
 

@@ -21,8 +21,8 @@ MAX_HEAD_DIM = 256
 _MAX_SEQLEN = 2**29
 _NO_LIMIT = 2**30
 
-# Columns of fp32 factors in registers at a time; all of them in the interpreter, which has no registers.
-_CHUNK = MAX_HEAD_DIM if support.INTERPRETED else 32
+# Columns of fp32 factors in registers at a time.
+_CHUNK = 16
 
 _LOG2E = 1.4426950408889634
 
@@ -181,19 +181,23 @@ class Tile(NamedTuple):
 
 
 def _tile(kernel: str, dim: int, dtype: torch.dtype, plain: bool) -> Tile:
-    """For "forward", "keys" or "queries", of which the latter two are backward's; dim is the padded one.
+    """For "forward", or backward's "keys", "queries" or "mask"; dim is the padded one.
 
-    Bound by registers: twice any of these spills somewhere (tests/triton/test_attention_aot.py watches).
+    Bound by registers: larger ones spill where features come together (tests/triton/test_attention_aot.py watches).
     """
     if support.INTERPRETED:  # which has none, and takes its time by the tile
         return Tile(64, 64, 4, 1)
     if dtype == torch.float32:
-        return Tile(32, 32, 4 if dim <= 64 and kernel != "keys" else 8, 2)
+        return Tile(32, 32 if dim <= 128 else 16, 4 if kernel != "keys" and dim != 128 else 8, 2)
     if kernel == "forward":
-        return Tile(64, 32, 8, 2) if dim > 128 else Tile(128, 64, 4 if dim <= 64 and plain else 8, 3)
+        if dim > 128:
+            return Tile(64 if plain else 32, 32, 8, 2)
+        return Tile(128, 64, 8, 3)
+    if kernel == "mask" and dim > 128:
+        return Tile(16, 32, 4, 1)
     if dim <= 64 and plain:
         return Tile(64, 64, 4, 2)
-    if dim <= 128:
+    if dim <= 64 or (dim <= 128 and (plain or kernel != "keys")):
         return Tile(32, 64, 8, 2) if kernel == "keys" else Tile(64, 32, 8, 2)
     return Tile(32, 32, 8, 2)
 
@@ -401,7 +405,8 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             per_query, per_key = (
                 size == length for size, length in zip(sizes, (call.seqlen_q, call.seqlen_k), strict=True)
             )
-            tiles_q, tiles_k = tiles, _ceil_div(call.seqlen_k, tile.keys)
+            tile = call.tile("mask")
+            tiles_q, tiles_k = _ceil_div(call.seqlen_q, tile.queries), _ceil_div(call.seqlen_k, tile.keys)
             shared_q, shared_k = 1 if per_query else tiles_q, 1 if per_key else tiles_k
             kernels.attention_backward_mask_kernel[(batch * heads * (tiles_q // shared_q) * (tiles_k // shared_k),)](
                 *call.tensors,

@@ -38,7 +38,10 @@ from bigkern.ops._triton_math import tanh
 from bigkern.ops._triton_philox import dropout_keep
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+
+# ln(2): sixteen bits of it, whose products with whole numbers up to 2^8 are exact, and the rest.
+_LN2_HIGH = tl.constexpr(0.693145751953125)
+_LN2_LOW = tl.constexpr(1.42860682030941723212e-6)
 
 # What changes from call to call, or from layer to layer, without a change in the code.
 _VARYING = [
@@ -98,14 +101,14 @@ def _products(
     """a b^T of two tiles of rows.
 
     Without tensor cores each thread would hold all that it multiplies in registers, where it does not fit: there, CHUNK
-    columns at a time come from memory.
+    columns at a time come from memory.  Their sums are added up apart, which rounds less than one long sum.
     """
     if PRECISION == "ieee":
         result = tl.zeros((a_row.shape[0], b_row.shape[0]), tl.float32)
         for first in tl.range(0, BLOCK, CHUNK, num_stages=1):
             a_part = _load_rows(a_start, a_row, a_rows, a_stride, DIM, CHUNK, ALIGN, first)
             b_part = _load_rows(b_start, b_row, b_rows, b_stride, DIM, CHUNK, ALIGN, first)
-            result = tl.dot(a_part, tl.trans(b_part), result, input_precision=PRECISION)
+            result += tl.dot(a_part, tl.trans(b_part), input_precision=PRECISION)
         return result
     else:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
@@ -203,12 +206,25 @@ def _scores(
 
 
 @triton.jit
-def _weights(scores, base, factor, PLAIN: tl.constexpr):
+def _exponential(difference, factor, PRECISION: tl.constexpr):
+    """2 to the power of a difference times factor."""
+    if PRECISION == "ieee":
+        # A difference of 10 times log2(e) rounds by 5e-7, which would be the weight's error; one below 0.35 does not.
+        difference = tl.where(difference < -150.0, -150.0, difference)  # whose exponential is 0; NaN passes
+        power = tl.floor(difference * factor + 0.5)
+        rest = difference - power * _LN2_HIGH - power * _LN2_LOW
+        return tl.exp2(power) * tl.exp2(rest * factor)
+    else:
+        return tl.exp2(difference * factor)
+
+
+@triton.jit
+def _weights(scores, base, factor, PLAIN: tl.constexpr, PRECISION: tl.constexpr):
     """The weights of a row, or column, whose ``base`` attention_backward_rows_kernel computed."""
     if PLAIN:
         return tl.exp2(tl.fma(scores, factor, -base))
     else:
-        return tl.exp2((scores - base) * factor)
+        return _exponential(scores - base, factor, PRECISION)
 
 
 @triton.jit
@@ -335,8 +351,8 @@ def attention_forward_kernel(
             new_top = tl.maximum(top, tl.max(scores, 1))
             # A row that sees nothing yet: its sums stay 0 whatever they are multiplied with.
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            weights = tl.exp2((scores - base[:, None]) * factor)
-            rescale = tl.exp2((top - base) * factor)
+            weights = _exponential(scores - base[:, None], factor, PRECISION)
+            rescale = _exponential(top - base, factor, PRECISION)
             total = total * rescale + tl.sum(weights, 1)
             if philox is not None:
                 keep = _kept(
@@ -349,9 +365,12 @@ def attention_forward_kernel(
 
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
-    result = acc * (dropout_scale / total)[:, None]
+    if PRECISION == "ieee":  # rounded once; a reciprocal would round once more
+        result = tl.div_rn(acc * dropout_scale, tl.broadcast_to(total[:, None], acc.shape))
+    else:
+        result = acc * (dropout_scale / total)[:, None]
     _store_rows(output, result, home, head, first_q, row, queries, total_q, heads, VALUE_DIM, BLOCK_V)
-    row_lse = (top * scale if PLAIN else top) + tl.log2(total) * _LN2
+    row_lse = (top * scale if PLAIN else top) + tl.log(total)
     row_lse = tl.where(blind, -float("inf"), row_lse)
     lse_place = (home.to(tl.int64) * heads + head) * total_q + first_q + row
     tl.store(lse + lse_place, row_lse, mask=row < queries)
@@ -516,7 +535,7 @@ def attention_backward_keys_kernel(
             )  # fmt: skip
             if cut:
                 scores = _seen(scores, col[None, :], row[:, None], keys, shift, window_left, window_right)
-            weights = _weights(scores, row_base[None, :], factor, PLAIN)
+            weights = _weights(scores, row_base[None, :], factor, PLAIN, PRECISION)
             grads = _products(
                 v, v_start, row, keys, value_row, g, g_start, col, queries, grad_row,
                 VALUE_DIM, BLOCK_V, ALIGN, PRECISION, CHUNK
@@ -558,7 +577,7 @@ def _grad_scores(
     )  # fmt: skip
     if CUT:
         scores = _seen(scores, row[:, None], col[None, :], keys, shift, window_left, window_right)
-    weights = _weights(scores, row_base[:, None], factor, PLAIN)
+    weights = _weights(scores, row_base[:, None], factor, PLAIN, PRECISION)
     grads = _products(
         g, g_start, row, queries, grad_row, v, v_start, col, keys, value_row,
         VALUE_DIM, BLOCK_V, ALIGN, PRECISION, CHUNK
