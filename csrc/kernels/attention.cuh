@@ -137,17 +137,20 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], T* tile, int col0, int 
   ldmatrix_x4(b, SharedTile<T, kCols>::at(tile, col0 + lane % 8 + lane / 16 * 8, k0 + lane / 8 % 2 * kVecElements<T>));
 }
 
-// kDepth x 16 of a tile whose rows are the product's depth.
+// kDepth x 16 of a tile whose rows are the product's depth; it begins at element `place0` of `tile`, a multiple of its
+// size. fp32's places are changed bits of a few: written with SharedTile::at, the compiler keeps a register for each
+// column all through the kernel, and spills at head_dim 256. A place0 that changes from tile to tile saves even these.
 template <class T, int kCols>
-__device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], T* tile, int k0, int col0) {
+__device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], T* tile, int k0, int col0, int place0 = 0) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
-    ldmatrix_x4_trans(b, SharedTile<T, kCols>::at(tile, k0 + lane % 16, col0 + lane / 16 * 8));
+    ldmatrix_x4_trans(b, SharedTile<T, kCols>::at(tile + place0, k0 + lane % 16, col0 + lane / 16 * 8));
   } else {
-    const int row = k0 + lane % 4 * 2, col = col0 + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      b[i] = __float_as_uint(*SharedTile<T, kCols>::at(tile, row + i % 2, col + i / 2 * 8));
+      const int row = lane % 4 * 2 + i % 2, col = col0 + i / 2 * 8;
+      const int place = place0 + (k0 + row) * kCols + (lane / 16 ^ row % 8) * kVecElements<T> + lane / 4 % 4;
+      b[i] = __float_as_uint(tile[(place ^ col % 32) + col / 32 * 32]);
     }
   }
 }
@@ -196,8 +199,8 @@ __device__ __forceinline__ void accumulator_to_a(uint32_t (&a)[4], const float (
 //
 // kApart: in a sum of their own, which is added by an instruction that rounds to nearest (Ootomo, Yokota: "Recovering
 // single precision accuracy from Tensor Cores", 2022; tensor cores truncate). Scores and gradients of weights want it,
-// since differences of them are taken; the long sums over them have no registers for it. head_dim 256 forward has none
-// for the fourth product either (kAll).
+// since differences of them are taken; the long sums over them have no registers for it. At head_dim 256 the
+// forward's have none for the fourth product either (kAll).
 template <class T, bool kApart = false, bool kAll = true>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -566,8 +569,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
           load_b<T, kDim>(keys, k_tile, 8 * n, k);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T, kDim <= 128, kDim <= 128>(scores[m][n], a[m], keys[0], keys[1]);
-            multiply_add<T, kDim <= 128, kDim <= 128>(scores[m][n + 1], a[m], keys[2], keys[3]);
+            multiply_add<T, true>(scores[m][n], a[m], keys[0], keys[1]);
+            multiply_add<T, true>(scores[m][n + 1], a[m], keys[2], keys[3]);
           }
         }
       }

@@ -150,24 +150,6 @@ __device__ __forceinline__ void load_keys(T* tile, const CacheRows<T>& rows, int
   }
 }
 
-// kDepth x 16 of a warp's values from row k0 and column col0 on, as load_b_trans. That one keeps the places of fp32's
-// columns in registers all through the kernel, which has none left at head_dim 256: here they are changed bits of the
-// tile's place, which is new with every tile.
-template <class T, int kDim>
-__device__ __forceinline__ void load_values(uint32_t (&b)[4], T* rings, int tile_place, int k0, int col0) {
-  if constexpr (sizeof(T) == 2) {
-    load_b_trans<T, kDim>(b, rings + tile_place, k0, col0);
-  } else {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = lane % 4 * 2 + i % 2, col = col0 + i / 2 * 8;
-      const int place = tile_place + (k0 + row) * kDim + (lane / 16 ^ row % 8) * kVecElements<T> + lane / 4 % 4;
-      b[i] = __float_as_uint(rings[(place ^ col % 32) + col / 32 * 32]);
-    }
-  }
-}
-
 // value / total of a row without keys.
 __device__ __forceinline__ float inverse_or_zero(float total) {
   return total == 0.0f ? 0.0f : 1.0f / total;
@@ -336,7 +318,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
 #pragma unroll
       for (int d = 0; d < kDimTiles; d += 2) {
         uint32_t value[4];
-        load_values<T, kDim>(value, rings, v_place, k * kDepth<T>, 8 * d);
+        load_b_trans<T, kDim>(value, rings, k * kDepth<T>, 8 * d, v_place);
         multiply_add<T, false, sizeof(T) == 2 || kDim <= 128>(out[d], weights, value[0], value[1]);
         multiply_add<T, false, sizeof(T) == 2 || kDim <= 128>(out[d + 1], weights, value[2], value[3]);
       }
