@@ -379,11 +379,12 @@ def test_properties(backend, device, data):
 
 
 def test_many_keys_and_one_query(backend, device):
-    """Decoding: few rows, whose keys several blocks share."""
+    """Decoding: few rows, whose keys several blocks share; in Triton they do not, and fewer keys are as many tiles."""
+    many = 1 if backend == "triton" else 4
     for case in (
-        Case(lengths=(1, 1500), heads=(4, 2), lse=True, dtype=torch.bfloat16),
-        Case(lengths=(2, 700), heads=(4, 1), batch=2, causal="bottom", window=(300, -1)),
-        Case(lengths=(1, 700), heads=(2, 2), mask="bool", head_dim=40, softcap=2.0),
+        Case(lengths=(1, 375 * many), heads=(4, 2), lse=True, dtype=torch.bfloat16),
+        Case(lengths=(2, 175 * many), heads=(4, 1), batch=2, causal="bottom", window=(75 * many, -1)),
+        Case(lengths=(1, 175 * many), heads=(2, 2), mask="bool", head_dim=40, softcap=2.0),
     ):
         check(case, device)
 
@@ -508,7 +509,8 @@ def test_packed_equals_padded(backend, device):
 
 
 def test_runs_are_bitwise_equal(backend, device):
-    case = Case(dtype=torch.bfloat16, lengths=(70, 150), heads=(4, 2), mask="bias heads", batch=2, dropout_p=0.3)
+    batch = 1 if backend == "triton" else 2  # interpreted, a second one costs as much again
+    case = Case(dtype=torch.bfloat16, lengths=(70, 150), heads=(2, 1), mask="bias heads", batch=batch, dropout_p=0.3)
     inputs = case.inputs(device)
     torch.use_deterministic_algorithms(True)
     try:
