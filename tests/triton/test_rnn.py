@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigkern.ops.rnn._schema import CELLS, GATES, SAVED
+from bigkern.ops.rnn._schema import CELLS, GATES, SAVED, VARIANTS
 from tests.conftest import pick
 from tests.triton import aot
 
@@ -36,11 +36,13 @@ def test_cells_compile_without_spills(cell, architecture, monkeypatch):
         h0, c0 = tensor(1, batch, hidden), tensor(1, batch, hidden) if CELLS[cell] == "LSTM" else None
         rows, gates = steps * batch, GATES[cell] * hidden
         bias = tensor(1, hidden) if CELLS[cell] == "GRU" else None
-        _triton._forward(tensor(rows, gates), tensor(1, gates, hidden), bias, h0, c0, h0 + 1, None, None, cell, True, 0)
+        step = VARIANTS.index("step")
+        weights = tensor(1, gates, hidden)
+        _triton._forward(tensor(rows, gates), weights, bias, h0, c0, h0 + 1, None, None, cell, True, step)
         saved = tensor(rows, SAVED[cell] * hidden) if SAVED[cell] else tensor(0)
         output = tensor(rows, hidden)
         grads = (output, h0, c0)
-        _triton._backward(*grads, output, saved, tensor(1, hidden, gates), h0, c0, None, None, None, cell, 0)
+        _triton._backward(*grads, output, saved, tensor(1, hidden, gates), h0, c0, None, None, None, cell, step)
     finally:
         driver._active = before
     names = [name for name, _ in compiled]
