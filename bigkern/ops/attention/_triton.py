@@ -52,8 +52,8 @@ def unsupported(
         )
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}; the Triton kernels take bool, float32 and the query's dtype"
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        return "alibi_slopes requires a gradient; the Triton kernels have none for it"
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "alibi_slopes requires a gradient, which the Triton kernels do not compute: detach it, or use torch"
     if max(max_seqlen_q, max_seqlen_k) > _MAX_SEQLEN:
         return f"the sequences are {max_seqlen_q} and {max_seqlen_k} long; the Triton kernels take up to {_MAX_SEQLEN}"
     return None
