@@ -200,7 +200,7 @@ __device__ __forceinline__ void accumulator_to_a(uint32_t (&a)[4], const float (
 // kApart: in a sum of their own, which is added by an instruction that rounds to nearest (Ootomo, Yokota: "Recovering
 // single precision accuracy from Tensor Cores", 2022; tensor cores truncate). Scores and gradients of weights want it,
 // since differences of them are taken; the long sums over them have no registers for it. At head_dim 256 the
-// forward has none for the fourth product either (kAll): gradients there are up to 4 times as wrong as torch's.
+// forward has none for the fourth product either (kAll): gradients there err up to 4.3 times what the rule allows.
 template <class T, bool kApart = false, bool kAll = true>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
