@@ -62,6 +62,7 @@ py::dict read_options() {
   result["multiprocessors"] = o.multiprocessors;
   result["blocks_per_multiprocessor"] = o.blocks_per_multiprocessor;
   result["max_shared_bytes"] = o.max_shared_bytes;
+  result["compute_capability"] = o.compute_capability;
   return result;
 }
 
@@ -89,6 +90,8 @@ void set_options(const py::kwargs& chosen) {
       o.blocks_per_multiprocessor = at_least(1, name, value);
     } else if (name == "max_shared_bytes") {
       o.max_shared_bytes = static_cast<size_t>(at_least(0, name, value));
+    } else if (name == "compute_capability") {
+      o.compute_capability = at_least(0, name, value);
     } else {
       throw py::type_error("set_options: unknown option '" + name + "'");
     }
@@ -179,7 +182,7 @@ PYBIND11_MODULE(bigkern_emulator, module) {
              "order: forward, reverse, random or priority; seed; workers: OS threads (0: one for each core); resident: "
              "blocks in flight on each; async_mode: issue, wait or drawn; bank_conflicts: count them; strict_exit; "
              "multiprocessors; "
-             "blocks_per_multiprocessor; max_shared_bytes. Later launches use them.");
+             "blocks_per_multiprocessor; max_shared_bytes; compute_capability: 80, 90, .... Later launches use them.");
   module.def("reset_options", [] { options() = Options{}; });
   module.def("schedules", &schedules, py::arg("seeds") = 3,
              "Forward, reverse, and `seeds` random and priority schedules, as keyword arguments of set_options.");

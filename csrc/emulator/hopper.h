@@ -4,3 +4,9 @@
 #include "emulator/mbarrier.h"
 #include "emulator/tma.h"
 #include "emulator/wgmma.h"
+
+namespace bigkern {
+
+constexpr bool kHopper = true;  // see device/cuda/hopper.cuh
+
+}  // namespace bigkern

@@ -135,5 +135,8 @@ int multiprocessor_count() {
 int max_shared_bytes() {
   return static_cast<int>(emulator::options().max_shared_bytes);
 }
+int compute_capability() {
+  return emulator::options().compute_capability;
+}
 
 }  // namespace bigkern

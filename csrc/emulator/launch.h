@@ -28,6 +28,7 @@ const char* error_string(int code);
 
 int multiprocessor_count();
 int max_shared_bytes();
+int compute_capability();
 
 namespace emulator {
 

@@ -27,6 +27,7 @@ struct Options {
   int multiprocessors = 4;            // what multiprocessor_count() answers
   int blocks_per_multiprocessor = 2;  // what occupancy() answers
   size_t max_shared_bytes = 227 << 10;
+  int compute_capability = 80;  // what compute_capability() answers, by which launchers choose their path
 };
 
 Options& options();

@@ -221,14 +221,15 @@ int host_case(const Buffers& buffers) {
   const int refused = launch(nothing_kernel, config, buffers.in, buffers.out);
   config.shared_bytes = 0;
   int* out = reinterpret_cast<int*>(buffers.out);
-  const int facts[6] = {multiprocessor_count() > 0,
+  const int facts[7] = {multiprocessor_count() > 0,
+                        compute_capability() >= 80,
                         max_shared_bytes() >= 48 * 1024,
                         occupancy(nothing_kernel, 128, 0) > 0,
                         occupancy(nothing_kernel, 32, size_t{1} << 30) == 0,
                         refused != 0 && error_string(refused)[0] != 0,
                         error_string(0)[0] != 0};
   int code = 0;
-  for (int i = 0; i < 6 && code == 0; i++) code = launch(store_kernel, config, out + i, facts[i]);
+  for (int i = 0; i < 7 && code == 0; i++) code = launch(store_kernel, config, out + i, facts[i]);
   return code;
 }
 

@@ -298,7 +298,7 @@ def tf32(x: np.ndarray) -> np.ndarray:
 
 
 def host_cases():
-    yield Case("host", np.zeros(1, np.uint8), np.ones(6, np.uint32))
+    yield Case("host", np.zeros(1, np.uint8), np.ones(7, np.uint32))
 
 
 SM80_CASES = [

@@ -62,6 +62,12 @@ inline int max_shared_bytes() {
   return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// 10 times the major version and the minor one: 80, 90, ...; 0 when there is none.
+inline int compute_capability() {
+  return 10 * detail::device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         detail::device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
 // Blocks that fit one multiprocessor; 0 when the kernel cannot run.
 template <class... Params>
 int occupancy(void (*kernel)(Params...), int threads, size_t shared_bytes) {
