@@ -33,6 +33,7 @@ STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
 RNN_CELLS, RNN_PRODUCT = "csrc/kernels/rnn_cells.cuh", "csrc/kernels/rnn_product.cuh"
 ATTENTION = "csrc/kernels/attention.cuh"
+ATTENTION_SCORES = "csrc/kernels/attention_scores.cuh"
 DECODE = "csrc/kernels/attention_decode.cuh"
 
 BUGS = [
@@ -430,7 +431,7 @@ BUGS = [
     Bug(
         "dropout draws another mask in the backward pass",
         "attention",
-        ATTENTION,
+        ATTENTION_SCORES,
         "g / 4 * 4 + mine / 2 * 8;",
         "g / 4 * 4 + mine / 2 * 4;",
         "plain",
