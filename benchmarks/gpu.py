@@ -6,9 +6,10 @@
     python -m benchmarks.gpu --rehearse           the same steps on the CPU, emulated, at tiny sizes
 
 Steps, in this order, because a wrong instruction explains every later failure: build, conformance (each instruction
-wrapper against its emulation, bit for bit), tests, sanitizers, accuracy, selfcheck, bench, static.  A step that passed
-for the same sources is not repeated; `--restart` forgets.  Results land in benchmarks/results/<gpu>/: gpu.json and
-gpu.md (this run), and what the steps write themselves.
+wrapper against its emulation, bit for bit), tune (tries the candidate tiles and writes the winners into the sources, so
+that the rest speaks of them), tests, sanitizers, accuracy, selfcheck, bench, static.  A step that passed for the same
+sources is not repeated; `--restart` forgets.  Results land in benchmarks/results/<gpu>/: gpu.json and gpu.md (this
+run), and what the steps write themselves.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
             "build", [python, "setup.py", "build_ext", "--inplace"], 900, {"BIGKERN_EXT": "auto" if rehearse else "1"}
         ),
         Step("conformance", [*pytest, "tests/device", *kernels_on], 900),
+        *([] if rehearse else [Step("tune", [python, "-m", "benchmarks.tune", "--budget", "1200"], 1500)]),
         Step(
             "tests",
             [
@@ -220,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
             "seconds": time.monotonic() - began,
             "command": " ".join([Path(step.command[0]).name, *step.command[1:]]).replace(str(ROOT) + "/", ""),
         }
+        if step.name == "tune":
+            record["sources"] = sources_hash()  # a winner is part of them
         record["when"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_atomically(path, json.dumps(record, indent=1) + "\n")
         write_atomically(results / "gpu.md", summary(name, record))

@@ -48,5 +48,5 @@ def test_passed_steps_are_not_repeated_and_failed_ones_are(tmp_path, monkeypatch
 
 def test_steps_begin_with_the_instructions(tmp_path):
     names = [s.name for s in gpu.steps(tmp_path, rehearse=False)]
-    assert names[:2] == ["build", "conformance"]
+    assert names[:3] == ["build", "conformance", "tune"]
     assert {"tests", *(f"sanitizer-{tool}" for tool in gpu.SANITIZERS), "accuracy", "bench-layer_norm"} <= set(names)
