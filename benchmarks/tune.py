@@ -103,7 +103,7 @@ def tune(
     build: Callable[[], str | None] = build,
     measure: Callable[[Tunable], tuple[float | None, str]] = measure,
 ) -> bool:
-    """Measures what ``record`` lacks and leaves the winner in the source.  Returns whether all candidates were tried."""
+    """Measures what ``record`` lacks and leaves the winner in the source.  Returns whether every one was tried."""
     path = ROOT / tunable.path
     text = path.read_text()
     before = tunable.read(text)
