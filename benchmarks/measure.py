@@ -8,7 +8,7 @@ that it holds device time only; the time the host takes to enqueue a call is a c
 
 One JSON file a benchmark, rewritten whole (temporary file, rename) after every group of rows:
 
-    schema            1
+    schema            2
     benchmark         "layer_norm"
     environment       device (name), type ("cuda"|"cpu"), capability, cache_bytes, torch, cuda, triton, python, bigkern,
                       source (digest of the installed package: rows of different sources are never mixed)
@@ -22,6 +22,7 @@ One JSON file a benchmark, rewritten whole (temporary file, rename) after every 
         error_ratio       largest error over torch's own in the same dtype, over all outputs and gradients
         median_s, p20_s, p80_s   seconds a call
         host_s            seconds the host needs to enqueue a call (GPU), else null
+        peak_bytes        memory one call allocates at its highest, beyond inputs and saved activations (GPU), else null
         samples, calls    samples taken; calls in each
         bytes, flops      counted for the problem, the same for every candidate
         gb_s, tflop_s     bytes, flops over the median
@@ -62,7 +63,7 @@ from bigkern.tools.evaluation import (
     uninitialised_memory_is_nan,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 DIRECTIONS = ("forward", "backward", "step")
 
 # A peer may be less exact than we allow ourselves, yet must compute the same thing; its error ratio is shown.
@@ -143,6 +144,7 @@ class Row:
     p20_s: float | None = None
     p80_s: float | None = None
     host_s: float | None = None
+    peak_bytes: int | None = None
     samples: int = 0
     calls: int = 0
     bytes: int = 0
@@ -248,12 +250,26 @@ class Contestant:
     host_seconds: float = 0.0
     position: int = 0
     samples: list[Sample] = field(default_factory=list)
+    peak_bytes: int | None = None
 
     def take(self, stopwatch: Stopwatch) -> Sample:
         turn = [self.closures[(self.position + i) % len(self.closures)] for i in range(self.calls)]
         self.position += self.calls
         with self.context():
             return stopwatch.sample(turn, self.host_seconds)
+
+
+def peak_bytes(contestant: Contestant, device: torch.device) -> int | None:
+    """What one call allocates at its highest, its results included; None where torch's allocator does not count."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with contestant.context():
+        contestant.closures[0]()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def warm_up(contestant: Contestant, stopwatch: Stopwatch, sample_seconds: float = _SAMPLE_SECONDS) -> None:
@@ -421,6 +437,8 @@ def measure_problem(
         contestants = [make_contestant(c, functions[c.name], problem, direction, rotation) for c in passed]
         if contestants:
             interleave(contestants, Stopwatch(device), seconds)
+        for contestant in contestants:
+            contestant.peak_bytes = peak_bytes(contestant, device)
         timed = {contestant.name: contestant for contestant in contestants}
         yield [
             _row(problem, direction, candidate, verdicts[candidate.name], timed, rotation, ceilings)
@@ -486,6 +504,7 @@ def _row(
     row.median_s, row.p20_s, row.p80_s = (percentile(seconds, fraction) for fraction in (0.5, 0.2, 0.8))
     hosts = [sample.host_seconds for sample in contestant.samples if sample.host_seconds is not None]
     row.host_s = statistics.median(hosts) if hosts else None
+    row.peak_bytes = contestant.peak_bytes
     row.samples, row.calls = len(seconds), contestant.calls
     row.gb_s = row.bytes / row.median_s / 1e9
     row.tflop_s = row.flops / row.median_s / 1e12

@@ -22,6 +22,7 @@ COLUMNS = (
     "GB/s",
     "of ceiling",
     "host",
+    "memory",
     "error",
     "speed",
 )
@@ -37,11 +38,15 @@ def seconds(value: float | None) -> str:
     return f"{value / 1e-9:.3g} ns"
 
 
+def mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.3g} MiB"
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table.  ``speed`` compares our rows with the best peer, and names it: below 1x it is the faster."""
     head = (row.function, row.shape, row.dtype, row.direction, row.candidate)
     if row.status != "ok":
-        return (*head, row.status, *["-"] * 5, row.reason)
+        return (*head, row.status, *["-"] * 6, row.reason)
     spread = f"{seconds(row.p20_s)} - {seconds(row.p80_s)}"
     bandwidth = f"{row.gb_s:.3g}" if row.cold else f"{row.gb_s:.3g} (cached)"
     error = f"{row.error_ratio:.2f}x"
@@ -52,6 +57,7 @@ def cells(row: Row) -> tuple[str, ...]:
         bandwidth,
         f"{100 * row.ceiling_fraction:.0f} %",
         seconds(row.host_s),
+        mebibytes(row.peak_bytes),
         error,
         best_peer(row),
     )
@@ -96,8 +102,8 @@ def write_markdown(results: Results, path: Path) -> None:
     lines += [
         "",
         "Medians of interleaved runs with the 20th and 80th percentiles; GB/s from the bytes that must move;",
-        "`of ceiling`: time at the measured ceilings over the median; `host`: time to enqueue a call; `error`:",
-        "largest error against float64 over torch's own; `speed`: the fastest peer's time over ours, so below 1x the",
+        "`of ceiling`: time at the measured ceilings over the median; `host`: time to enqueue a call; `memory`: what a",
+        "call allocates at its highest; `error`: largest error against float64 over torch's own; `speed`: the fastest peer's time over ours, so below 1x the",
         "peer wins.",
     ]
     lines += [f"Not here: {name}: {reason}." for name, reason in results.data["unavailable"].items()]

@@ -230,3 +230,25 @@ def test_device_time_holds_no_host_time():
     interleave([contestant], Stopwatch(device), seconds=0.1)
     assert statistics.median(sample.seconds for sample in contestant.samples) < 1e-4
     assert statistics.median(sample.host_seconds for sample in contestant.samples) > 9e-4
+
+
+def test_peak_memory_is_what_one_call_adds(monkeypatch):
+    allocated = {"now": 100, "most": 900}
+    cuda = {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: allocated.update(most=allocated["now"]),
+        "memory_allocated": lambda device: allocated["now"],
+        "max_memory_allocated": lambda device: allocated["most"],
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    contestant = Contestant("c", measure.contextlib.nullcontext, [lambda: allocated.update(most=164)])
+    assert measure.peak_bytes(contestant, torch.device("cuda")) == 64
+    assert measure.peak_bytes(contestant, torch.device("cpu")) is None
+
+
+@pytest.mark.cuda
+def test_peak_memory_of_a_real_call():
+    device = torch.device("cuda")
+    contestant = Contestant("c", measure.contextlib.nullcontext, [lambda: torch.empty(1 << 22, device=device)])
+    assert measure.peak_bytes(contestant, device) == 1 << 24
