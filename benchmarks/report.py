@@ -103,8 +103,8 @@ def write_markdown(results: Results, path: Path) -> None:
         "",
         "Medians of interleaved runs with the 20th and 80th percentiles; GB/s from the bytes that must move;",
         "`of ceiling`: time at the measured ceilings over the median; `host`: time to enqueue a call; `memory`: what a",
-        "call allocates at its highest; `error`: largest error against float64 over torch's own; `speed`: the fastest peer's time over ours, so below 1x the",
-        "peer wins.",
+        "call allocates at its highest; `error`: largest error against float64 over torch's own; `speed`: the fastest",
+        "peer's time over ours, so below 1x the peer wins.",
     ]
     lines += [f"Not here: {name}: {reason}." for name, reason in results.data["unavailable"].items()]
     write_atomically(path, "\n".join(lines) + "\n")
