@@ -52,6 +52,11 @@ void wgmma_wait(BK_WHERE) {
   emulator::wgmma_wait(N, where);
 }
 
+template <int N, int kCount>
+void wgmma_wait(float (&)[kCount], BK_WHERE) {
+  emulator::wgmma_wait(N, where);
+}
+
 template <class T, int N, bool kTransA = false, bool kTransB = false>
 void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, BK_WHERE) {
   static_assert(N >= 8 && N <= 256 && N % 8 == 0, "wgmma: N is 8 to 256 in steps of 8");

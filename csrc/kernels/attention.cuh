@@ -56,6 +56,7 @@
 
 #include "device/device.cuh"
 #include "kernels/attention.h"
+#include "kernels/attention_hopper.h"
 #include "kernels/attention_hopper_backward.h"
 #include "kernels/attention_scores.cuh"
 
@@ -968,6 +969,30 @@ int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, cons
   });
 }
 
+// Which architecture's forward kernel, given 16-bit tensors. Hopper's own takes what TMA reaches, except
+// - few queries: its warpgroups hold 64 rows of one head, of which most would be padding, where the other kernel packs
+//   the heads that share keys into one tile;
+// - long keys for few tiles of queries: the other kernel splits the keys, which pays, at half the rate or more, where
+//   more than half of the multiprocessors would be idle.
+inline bool hopper_forward_serves(const AttentionForwardParams& p) {
+  constexpr int kFewQueries = 64, kTileQueries = 128, kLongKeys = 2048;
+  if (compute_capability() != 90 || p.seqlen_q <= kFewQueries) return false;
+  const int64_t tiles = int64_t{p.batch} * p.heads * ceil_div(p.seqlen_q, kTileQueries);
+  if (p.seqlen_k >= kLongKeys && 2 * tiles < multiprocessor_count()) return false;
+  const TensorCounts of_queries(p, true), of_keys(p, false);
+  return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) && can_map(p.key, of_keys) &&
+         can_map(p.value, of_keys) && can_map(p.output, of_queries);
+}
+
+// The same of the backward kernel, which has registers for the gradients of keys up to 128 columns wide.
+inline bool hopper_backward_serves(const AttentionBackwardParams& p) {
+  if (compute_capability() != 90 || p.head_dim > 128 || p.value_dim > 128) return false;
+  const TensorCounts of_queries(p, true), of_keys(p, false);
+  return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) &&
+         can_map(p.grad_output, of_queries) && can_map(p.key, of_keys) && can_map(p.value, of_keys) &&
+         can_map(p.grad_key, of_keys) && can_map(p.grad_value, of_keys);
+}
+
 }  // namespace attention
 
 template <class T>
@@ -975,6 +1000,7 @@ int attention_forward(const AttentionForwardParams& p, Stream stream, const Atte
   using namespace attention;
   const int dim = std::max(p.head_dim, p.value_dim);
   if constexpr (sizeof(T) == 2) {
+    if (hopper_forward_serves(p)) return hopper_forward<T>(p, stream);
     if (is_plain(p)) {
       if (dim <= 64) return launch_forward<T, 64, true>(p, stream, allocate);
       if (dim <= 128) return launch_forward<T, 128, true>(p, stream, allocate);
@@ -990,9 +1016,7 @@ int attention_backward(const AttentionBackwardParams& p, Stream stream, const At
   using namespace attention;
   const int dim = std::max(p.head_dim, p.value_dim);
   if constexpr (sizeof(T) == 2) {
-    if (compute_capability() == 90 && hopper_backward_serves(p)) {
-      return launch_hopper_backward<T>(p, stream, allocate);
-    }
+    if (hopper_backward_serves(p)) return launch_hopper_backward<T>(p, stream, allocate);
     if (is_plain(p)) {
       if (dim <= 64) return launch_backward<T, 64, true>(p, stream, allocate);
       if (dim <= 128) return launch_backward<T, 128, true>(p, stream, allocate);

@@ -30,9 +30,6 @@ inline bool can_map(const AttentionTensor& x, const TensorCounts& counts) {
          reaches(x.head_stride, counts.heads) && reaches(x.batch_stride, counts.batch);
 }
 
-// Whether the forward kernel is the one to launch; the current device is a Hopper GPU.
-bool hopper_forward_serves(const AttentionForwardParams& params);
-
 // 0, or an error code for error_string. Instances: __nv_bfloat16, __half.
 template <class T>
 int hopper_forward(const AttentionForwardParams& params, Stream stream);

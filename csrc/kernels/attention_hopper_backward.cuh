@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
         wgmma_fence();
         multiply_rows<T, kDim, kKeys, kQueries>(scores, k_rows, q_tiles + ring.stage * Tile::kQueryBytes);
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(scores);
         int left = steps.count;
         do {
           const char* q_tile = q_tiles + ring.stage * Tile::kQueryBytes;
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
             const int64_t row = (int64_t{b} * p.heads + stage.head) * p.seqlen_q + query0;
             const uint32_t kept =
                 kept_scores_trans<kScores / 4>(p, static_cast<uint64_t>(row * p.seqlen_k + warp_key0));
-            wgmma_wait<0>();
+            wgmma_wait<0>(grads);
             const auto weigh = [&](auto first) {
               weigh_scores<T, decltype(first)::value>(p, sequence, b, stage.head, query0, warp_key0, statistics, kept,
                                                       cut, hide, scores, grads);
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
           multiply_columns<T, kDim, kQueries>(grad_v, weights_left, g_tile);
           wgmma_commit();
           if constexpr (kPlain) {
-            wgmma_wait<1>();
+            wgmma_wait<1>(grads);
 #pragma unroll
             for (int i = 0; i < kScores; i++) grads[i] = scores[i] * (grads[i] - statistics[i / 4 * 8 + i % 2].y);
           }
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
           multiply_rows<T, kDim, kKeys, kQueries>(scores, k_rows,
                                                   more ? q_tiles + ring.stage * Tile::kQueryBytes : k_tile);
           wgmma_commit();
-          wgmma_wait<1>();
+          wgmma_wait<1>(grad_q);
 
           // A warp's sums lie as its accumulators do, so that one copy of contiguous bytes adds them.
           if (lane == 0) bulk_wait_read<0>();
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
             bulk_reduce_add(sums + warp * (8 * kDim), warp_sums, 8 * kDim * 4);
             bulk_commit();
           }
-          wgmma_wait<0>();
+          wgmma_wait<0>(scores);
         } while (left > 0);
       }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/attention.h"
-#include "kernels/attention_hopper.h"
 
 namespace bigkern {
 namespace attention {
@@ -21,15 +20,6 @@ struct HopperBackwardPlan {
 // Columns of the tiles: head_dim and value_dim padded.
 inline int hopper_backward_dim(const AttentionOptions& p) {
   return p.head_dim <= 64 && p.value_dim <= 64 ? 64 : 128;
-}
-
-// Whether the Hopper kernel is the one to launch; the current device is a Hopper GPU. A warpgroup has no registers for
-// the gradients of wider heads, and rows that TMA cannot reach leave the kernel nothing to gain.
-inline bool hopper_backward_serves(const AttentionBackwardParams& p) {
-  const TensorCounts of_queries(p, true), of_keys(p, false);
-  return p.head_dim <= 128 && p.value_dim <= 128 && p.head_dim % 8 == 0 && p.value_dim % 8 == 0 &&
-         can_map(p.query, of_queries) && can_map(p.grad_output, of_queries) && can_map(p.key, of_keys) &&
-         can_map(p.value, of_keys) && can_map(p.grad_key, of_keys) && can_map(p.grad_value, of_keys);
 }
 
 // 0, or an error code for error_string. Instances: __nv_bfloat16, __half.

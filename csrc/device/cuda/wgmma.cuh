@@ -25,6 +25,15 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// The same where these accumulators are used next. The compiler does not know that a product still writes them: it has
+// moved arithmetic on them above the wait, whereupon ptxas makes each product wait for the one before (C7515).
+template <int N, int kCount>
+__device__ __forceinline__ void wgmma_wait(float (&accumulators)[kCount]) {
+  wgmma_wait<N>();
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(accumulators[i])::"memory");
+}
+
 // Raises or lowers this warpgroup's registers per thread. All its warps call, first thing in their branch. The kernel
 // needs __launch_bounds__(threads, 1): ptxas ignores setmaxnreg (C7508) where it cannot tell the count at entry.
 template <int kRegisters>
