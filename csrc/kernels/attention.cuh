@@ -57,6 +57,7 @@
 #include "device/device.cuh"
 #include "kernels/attention.h"
 #include "kernels/attention_hopper.h"
+#include "kernels/attention_hopper_backward.h"
 #include "kernels/attention_scores.cuh"
 
 #include <algorithm>
@@ -739,21 +740,9 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
               }
               grad = weight * (grad - statistics.y);
               if constexpr (!kPlain) {
-                const int key = key0 + warp_key + lane / 4 + 8 * half;
-                if (p.mask_gradient_kind != AttentionMaskGradient::kNone && query < sequence.queries &&
-                    key < sequence.keys) {
-                  const int64_t place = b * p.mask_gradient_strides[0] + head * p.mask_gradient_strides[1] +
-                                        query * p.mask_gradient_strides[2] + key * p.mask_gradient_strides[3];
-                  // Both halves of a head of 256 have the same dS.
-                  if (warp_col == 0) {
-                    if (p.mask_gradient_kind == AttentionMaskGradient::kStore) {
-                      static_cast<T*>(p.mask_gradient)[place] = from_float<T>(grad);
-                    } else if (p.mask_gradient_kind == AttentionMaskGradient::kStoreFloat) {
-                      static_cast<float*>(p.mask_gradient)[place] = grad;
-                    } else {
-                      atomicAdd(static_cast<float*>(p.mask_gradient) + place, grad);
-                    }
-                  }
+                // Both halves of a head of 256 have the same dS.
+                if (warp_col == 0) {
+                  store_mask_gradient<T>(p, sequence, b, head, query, key0 + warp_key + lane / 4 + 8 * half, grad);
                 }
                 grad *= derivative[n][e];
               }
@@ -848,27 +837,36 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
   }
 }
 
+// How a tile's sums of grad_query lie: parts of `threads` threads, in each of which groups of `together` elements of
+// the accumulators change slower than the threads.
+struct QuerySums {
+  int queries, dim;  // of the tile
+  int warp_cols;     // of the 16 rows that a warp makes
+  int threads, together;
+};
+
 // grad_query from its sums, whose copies are added in order: a thread an element.
 template <class T>
 __global__ void __launch_bounds__(256)
-    attention_backward_queries_kernel(const AttentionBackwardParams p, const BackwardPlan plan, int tile_queries,
-                                      int tile_cols, int threads, int dim) {
+    attention_backward_queries_kernel(const AttentionBackwardParams p, const BackwardPlan plan, const QuerySums lie) {
   const int head = blockIdx.x / plan.query_tiles % p.heads, tile = blockIdx.x % plan.query_tiles;
   const int b = blockIdx.x / plan.query_tiles / p.heads;
   const Sequence sequence(p, b);
-  const int64_t copy_size = int64_t{p.batch} * p.heads * plan.query_tiles * tile_queries * dim;
-  const float* sums = plan.sums + int64_t{blockIdx.x} * tile_queries * dim;
-  const int rows = min(tile_queries, sequence.queries - tile * tile_queries);
+  const int64_t copy_size = int64_t{p.batch} * p.heads * plan.query_tiles * lie.queries * lie.dim;
+  const float* sums = plan.sums + int64_t{blockIdx.x} * lie.queries * lie.dim;
+  const int rows = min(lie.queries, sequence.queries - tile * lie.queries);
   for (int i = threadIdx.x; i < rows * p.head_dim; i += 256) {
     const int row = i / p.head_dim, col = i % p.head_dim;
-    // Where the accumulators hold it: the warp, the lane, the element.
-    const int warp = col / tile_cols * (tile_queries / 16) + row / 16;
-    const int lane = row % 8 * 4 + col % 8 / 2;
-    const int element = col % tile_cols / 8 * 4 + row % 16 / 8 * 2 + col % 2;
-    const float* source = sums + element * threads + warp * 32 + lane;
+    // Where the accumulators hold it: the thread, the element.
+    const int warp = col / lie.warp_cols * (lie.queries / 16) + row / 16;
+    const int thread = warp * 32 + row % 8 * 4 + col % 8 / 2;
+    const int element = col % lie.warp_cols / 8 * 4 + row % 16 / 8 * 2 + col % 2;
+    const float* source =
+        sums + (thread / lie.threads * (lie.warp_cols / 2) + element / lie.together * lie.together) * lie.threads +
+        thread % lie.threads * lie.together + element % lie.together;
     float value = 0.0f;
     for (int copy = 0; copy < plan.copies; copy++) value += source[copy * copy_size];
-    sequence.row<T>(p, p.grad_query, b, head, sequence.first_q, tile * tile_queries + row)[col] =
+    sequence.row<T>(p, p.grad_query, b, head, sequence.first_q, tile * lie.queries + row)[col] =
         from_float<T>(value * p.scale);
   }
 }
@@ -906,19 +904,43 @@ int launch_forward(const AttentionForwardParams& p, Stream stream, const Attenti
                 rows);
 }
 
+// Blocks that share a head's keys: one for every tile of them; when deterministic no more than fill the GPU, of whose
+// multiprocessors each holds `resident`, for each needs a copy of the sums.
+inline int backward_copies(const AttentionBackwardParams& p, int key_tiles, int resident) {
+  if (!p.deterministic) return key_tiles;
+  const int64_t wanted =
+      ceil_div<int64_t>(resident * std::max(1, multiprocessor_count()), int64_t{p.batch} * p.kv_heads);
+  return static_cast<int>(std::min<int64_t>(key_tiles, wanted));
+}
+
+// The rows' statistics, the tiles by launch_tiles(plan, blocks), and grad_query from its sums.
+template <class T, class LaunchTiles>
+int launch_backward_passes(const AttentionBackwardParams& p, BackwardPlan plan, const QuerySums& lie, Stream stream,
+                           const AttentionAllocate& allocate, LaunchTiles launch_tiles) {
+  plan.query_tiles = ceil_div(p.seqlen_q, lie.queries);
+  const int64_t heads = int64_t{p.batch} * p.heads, blocks = int64_t{p.batch} * p.kv_heads * plan.copies;
+  const int64_t query_blocks = heads * plan.query_tiles;
+  const int64_t rows = p.cu_seqlens_q != nullptr ? int64_t{p.heads} * p.total_q : heads * p.seqlen_q;
+  if (std::max({blocks, query_blocks, ceil_div<int64_t>(rows, 4)}) > kMostBlocks) return kErrorInvalidValue;
+
+  const int64_t copies = p.deterministic ? plan.copies : 1;
+  plan.statistics = static_cast<RowStatistics*>(allocate(rows * sizeof(RowStatistics), false));
+  plan.sums = static_cast<float*>(allocate(copies * query_blocks * lie.queries * lie.dim * sizeof(float), true));
+  if (int error = launch(attention_backward_rows_kernel<T>, attention_grid(ceil_div<int64_t>(rows, 4), 128, 0, stream),
+                         p, plan, rows)) {
+    return error;
+  }
+  if (int error = launch_tiles(plan, blocks)) return error;
+  plan.copies = static_cast<int>(copies);
+  return launch(attention_backward_queries_kernel<T>, attention_grid(query_blocks, 256, 0, stream), p, plan, lie);
+}
+
 template <class T, int kDim, bool kPlain>
 int launch_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
   using Tile = BackwardTile<T, kDim, kPlain>;
   BackwardPlan plan{};
   plan.key_tiles = ceil_div(p.seqlen_k, Tile::kKeys);
-  plan.query_tiles = ceil_div(p.seqlen_q, Tile::kQueries);
-  const int64_t key_heads = int64_t{p.batch} * p.kv_heads, heads = int64_t{p.batch} * p.heads;
-  // Every tile of keys a block of its own; when deterministic no more than fill the GPU twice, for each needs a copy.
-  plan.copies = plan.key_tiles;
-  if (p.deterministic) {
-    const int64_t wanted = ceil_div<int64_t>(2 * std::max(1, multiprocessor_count()), key_heads);
-    plan.copies = static_cast<int>(std::min<int64_t>(plan.copies, wanted));
-  }
+  plan.copies = backward_copies(p, plan.key_tiles, 2);
   plan.lse_factor = kPlain ? kLog2e : 1.0f;
   plan.vector_q = moves_in_vectors<T>(p.query, p.head_dim);
   plan.vector_k = moves_in_vectors<T>(p.key, p.head_dim);
@@ -926,24 +948,25 @@ int launch_backward(const AttentionBackwardParams& p, Stream stream, const Atten
   plan.vector_g = moves_in_vectors<T>(p.grad_output, p.value_dim);
   plan.vector_dk = moves_in_vectors<T>(p.grad_key, p.head_dim);
   plan.vector_dv = moves_in_vectors<T>(p.grad_value, p.value_dim);
-  const int64_t blocks = key_heads * plan.copies, query_blocks = heads * plan.query_tiles;
-  const int64_t rows = p.cu_seqlens_q != nullptr ? int64_t{p.heads} * p.total_q : heads * p.seqlen_q;
-  if (std::max({blocks, query_blocks, ceil_div<int64_t>(rows, 4)}) > kMostBlocks) return kErrorInvalidValue;
+  const QuerySums lie{Tile::kQueries, kDim, Tile::kQueryCols, Tile::kThreads, 1};
+  return launch_backward_passes<T>(p, plan, lie, stream, allocate, [&](const BackwardPlan& ready, int64_t blocks) {
+    return launch(attention_backward_kernel<T, kDim, kPlain>,
+                  attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), p, ready);
+  });
+}
 
-  const int64_t copies = p.deterministic ? plan.copies : 1;
-  plan.statistics = static_cast<RowStatistics*>(allocate(rows * sizeof(RowStatistics), false));
-  plan.sums = static_cast<float*>(allocate(copies * query_blocks * Tile::kQueries * kDim * sizeof(float), true));
-  if (int error = launch(attention_backward_rows_kernel<T>, attention_grid(ceil_div<int64_t>(rows, 4), 128, 0, stream),
-                         p, plan, rows)) {
-    return error;
-  }
-  if (int error = launch(attention_backward_kernel<T, kDim, kPlain>,
-                         attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), p, plan)) {
-    return error;
-  }
-  plan.copies = static_cast<int>(copies);
-  return launch(attention_backward_queries_kernel<T>, attention_grid(query_blocks, 256, 0, stream), p, plan,
-                Tile::kQueries, Tile::kQueryCols, Tile::kThreads, kDim);
+template <class T>
+int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
+  BackwardPlan plan{};
+  plan.key_tiles = ceil_div(p.seqlen_k, kHopperBackwardKeys);
+  plan.copies = backward_copies(p, plan.key_tiles, 1);
+  plan.lse_factor = is_plain(p) ? kLog2e : 1.0f;
+  const int dim = hopper_backward_dim(p);
+  const QuerySums lie{kHopperBackwardQueries, dim, dim / 2, 32, 4};
+  return launch_backward_passes<T>(p, plan, lie, stream, allocate, [&](const BackwardPlan& ready, int64_t) {
+    const float* statistics = reinterpret_cast<const float*>(ready.statistics);
+    return hopper_backward<T>(p, {ready.query_tiles, ready.copies, statistics, ready.sums}, stream);
+  });
 }
 
 // Which architecture's forward kernel, given 16-bit tensors. Hopper's own takes what TMA reaches, except
@@ -959,6 +982,15 @@ inline bool hopper_forward_serves(const AttentionForwardParams& p) {
   const TensorCounts of_queries(p, true), of_keys(p, false);
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) && can_map(p.key, of_keys) &&
          can_map(p.value, of_keys) && can_map(p.output, of_queries);
+}
+
+// The same of the backward kernel, which has registers for the gradients of keys up to 128 columns wide.
+inline bool hopper_backward_serves(const AttentionBackwardParams& p) {
+  if (compute_capability() != 90 || p.head_dim > 128 || p.value_dim > 128) return false;
+  const TensorCounts of_queries(p, true), of_keys(p, false);
+  return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) &&
+         can_map(p.grad_output, of_queries) && can_map(p.key, of_keys) && can_map(p.value, of_keys) &&
+         can_map(p.grad_key, of_keys) && can_map(p.grad_value, of_keys);
 }
 
 }  // namespace attention
@@ -984,6 +1016,7 @@ int attention_backward(const AttentionBackwardParams& p, Stream stream, const At
   using namespace attention;
   const int dim = std::max(p.head_dim, p.value_dim);
   if constexpr (sizeof(T) == 2) {
+    if (hopper_backward_serves(p)) return launch_hopper_backward<T>(p, stream, allocate);
     if (is_plain(p)) {
       if (dim <= 64) return launch_backward<T, 64, true>(p, stream, allocate);
       if (dim <= 128) return launch_backward<T, 128, true>(p, stream, allocate);

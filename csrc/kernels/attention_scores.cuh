@@ -139,6 +139,22 @@ __device__ __forceinline__ void add_features(const AttentionOptions& p, const Se
   }
 }
 
+// One score's gradient to the mask's, where it is wanted.
+template <class T>
+__device__ __forceinline__ void store_mask_gradient(const AttentionBackwardParams& p, const Sequence& sequence, int b,
+                                                    int head, int query, int key, float grad) {
+  if (p.mask_gradient_kind == AttentionMaskGradient::kNone || query >= sequence.queries || key >= sequence.keys) return;
+  const int64_t place = b * p.mask_gradient_strides[0] + head * p.mask_gradient_strides[1] +
+                        query * p.mask_gradient_strides[2] + key * p.mask_gradient_strides[3];
+  if (p.mask_gradient_kind == AttentionMaskGradient::kStore) {
+    static_cast<T*>(p.mask_gradient)[place] = from_float<T>(grad);
+  } else if (p.mask_gradient_kind == AttentionMaskGradient::kStoreFloat) {
+    static_cast<float*>(p.mask_gradient)[place] = grad;
+  } else {
+    atomicAdd(static_cast<float*>(p.mask_gradient) + place, grad);
+  }
+}
+
 // Whether dropout keeps element `index` of the (batch, heads, seqlen_q, seqlen_k) weights.
 __device__ __forceinline__ bool keeps(const AttentionOptions& p, uint64_t seed, uint64_t offset, uint64_t index) {
   const uint4 words = philox4x32_10(seed, index / 4, offset);

@@ -24,6 +24,12 @@ def bf16(values: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
+def bf16_values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal numbers in fp32 that bf16 holds."""
+    bits = rng.standard_normal(shape).astype(np.float32).view(np.uint32) & 0xFFFF0000
+    return bits.view(np.float32)
+
+
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
@@ -344,6 +350,63 @@ def attention(library: ctypes.CDLL) -> str | None:
     return None
 
 
+def attention_hopper_backward(library: ctypes.CDLL) -> str | None:
+    """Causal: two heads share two tiles of keys, which one block walks over. Packed, with dropout: two sequences, of
+    which the second has infinities that must not reach the first.
+    """
+    heads, dim, scale, seed, offset = 2, 64, 0.125, 11, 3
+    for lengths, causal, dropout_p in (([(150, 200)], True, 0.0), ([(70, 140), (9, 20)], False, 0.25)):
+        (queries, keys), packed = lengths[0], len(lengths) > 1
+        totals = [sum(x) for x in zip(*lengths, strict=True)]
+        rng = np.random.default_rng(queries)
+        q, g = (bf16_values(rng, (heads, totals[0], dim)) for _ in range(2))
+        k, v = (bf16_values(rng, (1, totals[1], dim)) for _ in range(2))
+        for x, rows in ((q, queries), (g, queries), (k, keys), (v, keys)):
+            x[:, rows:] = np.inf
+        scores = np.einsum("hid,jd->hij", q[:, :queries], k[0, :keys], dtype=np.float64) * scale
+        if causal:
+            scores = np.where(np.arange(keys) <= np.arange(queries)[:, None], scores, -np.inf)
+        lse = np.log(np.exp(scores).sum(2))
+        weights = np.exp(scores - lse[..., None])
+        kept = np.ones_like(weights)
+        if dropout_p:
+            # The element's number goes by the longest lengths, here the first sequence's.
+            kept = (philox_uniform(seed, offset, kept.size).reshape(kept.shape) > dropout_p) / (1 - dropout_p)
+        gradient = g[:, :queries].astype(np.float64)
+        grad_weights = np.einsum("hid,jd->hij", gradient, v[0, :keys]) * kept
+        delta = (weights * grad_weights).sum(2)
+        grad_scores = weights * (grad_weights - delta[..., None])
+
+        statistics = np.full((heads, totals[0], 2), 1.0, np.float32)
+        statistics[:, :queries, 0] = lse if dropout_p else lse * np.log2(np.e)
+        statistics[:, :queries, 1] = delta
+        tiles = -(-queries // 64)
+        sums = np.zeros((len(lengths), heads, tiles, 2, 4, 4, 8, 4, 2, 2), np.float32)
+        results = [np.full(k.shape, 0xFFFF, np.uint16) for _ in range(2)]
+        bits = [bf16(x) for x in (q, k, v, g)]
+        starts = [np.cumsum([0, *x]).astype(np.int32) for x in zip(*lengths, strict=True)]
+        sizes = [len(lengths) if packed else 0, heads, *totals, dim, causal, 1]
+        failure = call(
+            library.run_attention_hopper_backward,
+            *map(pointer, (*bits, statistics, sums, *results, *starts)),
+            *map(ctypes.c_int, sizes),
+            *(ctypes.c_int(x) for x in (queries, keys)),
+            *(ctypes.c_float(dropout_p), ctypes.c_int64(seed), ctypes.c_int64(offset)),
+        )
+        # Half of the columns, 16 rows, 8 columns, row, two columns, 8 rows further, column.
+        grad_q = sums[0].transpose(0, 1, 3, 7, 5, 2, 4, 6, 8).reshape(heads, tiles * 64, dim)[:, :queries]
+        grad_k, grad_v = ((x[0, :keys].astype(np.uint32) << 16).view(np.float32) for x in results)
+        failure = (
+            failure
+            or compare("grad_query", grad_q, np.einsum("hij,jd->hid", grad_scores, k[0, :keys]), 0.01)
+            or compare("grad_key", grad_k, np.einsum("hij,hid->jd", grad_scores, q[:, :queries]) * scale, 0.01)
+            or compare("grad_value", grad_v, np.einsum("hij,hid->jd", weights * kept, gradient), 0.01)
+        )
+        if failure:
+            return f"{lengths}: {failure}"
+    return None
+
+
 def attention_decode(library: ctypes.CDLL) -> str | None:
     """Several tiles of keys to a warp, parts that end within one, new rows at the end of a cache of NaN."""
     heads, queries, new, dim = 3, 2, 2, 20
@@ -394,6 +457,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "rnn": rnn,
         "attention": attention,
         "attention_decode": attention_decode,
+        "attention_hopper_backward": attention_hopper_backward,
     }[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")

@@ -1,0 +1,30 @@
+// Attention's backward pass on a Hopper GPU: what the launcher of attention.cuh needs to know. Plain C++.
+#pragma once
+
+#include "kernels/attention.h"
+
+namespace bigkern {
+namespace attention {
+
+// Keys a block works on, and queries it takes at a time.
+constexpr int kHopperBackwardKeys = 128, kHopperBackwardQueries = 64;
+
+// As BackwardPlan of attention.cuh: `copies` blocks share a head's keys, each turn about, and their sums of grad_query
+// lie behind each other when deterministic. A tile's sums: warp, four elements of an accumulator, lane, element.
+struct HopperBackwardPlan {
+  int query_tiles, copies;
+  const float* statistics;  // lse (in powers of two for the plain kernel) and delta of every row
+  float* sums;
+};
+
+// Columns of the tiles: head_dim and value_dim padded.
+inline int hopper_backward_dim(const AttentionOptions& p) {
+  return p.head_dim <= 64 && p.value_dim <= 64 ? 64 : 128;
+}
+
+// 0, or an error code for error_string. Instances: __nv_bfloat16, __half.
+template <class T>
+int hopper_backward(const AttentionBackwardParams& params, const HopperBackwardPlan& plan, Stream stream);
+
+}  // namespace attention
+}  // namespace bigkern

@@ -1,0 +1,7 @@
+#include "kernels/attention_hopper_backward.cuh"
+
+namespace bigkern::attention {
+
+template int hopper_backward<__half>(const AttentionBackwardParams&, const HopperBackwardPlan&, Stream);
+
+}  // namespace bigkern::attention

@@ -1,0 +1,218 @@
+"""Attention's backward kernel for Hopper, called as a raw op: features, tails, tiles skipped, schedules.
+
+Emulated as on a GPU of compute capability 9.0.  Every call must issue exactly the warpgroup products that a model of
+the tiles counts: so it is known that the kernel ran, and that it left out the tiles that a window hides.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigkern.ops import _extension
+from bigkern.ops.attention import _cuda
+from tests.conftest import pick
+from tests.kernels.test_attention import BF16, F16, FEATURES, OPTIONS, arguments, check
+
+KEYS, QUERIES = 128, 64
+
+
+@pytest.fixture(autouse=True)
+def kernels(device, request, monkeypatch):
+    """The kernels on a Hopper GPU, emulated one of 2 multiprocessors; products are counted."""
+    if device.type == "cuda":
+        reason = _extension.load()
+        assert reason is None, reason
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            pytest.skip("needs a Hopper GPU")
+        yield
+        return
+    emulator = request.getfixturevalue("emulator")
+    options = emulator.options()
+    emulator.set_options(multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90)
+
+    def counted(*given, run=_cuda.backward):
+        emulator.reset_counters()
+        results = run(*given)
+        assert emulator.counters()["wgmmas"] == products(*given)
+        return results
+
+    monkeypatch.setattr(_cuda, "backward", counted)
+    yield
+    emulator.set_options(**options)
+
+
+def reachable(x):
+    """By TMA: see can_map in csrc/kernels/attention_hopper.h."""
+    outer = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in outer) and x.shape[3] % 8 == 0
+
+
+def products(grad_output, grad_lse, query, key, value, output, lse, *options):
+    """Of all warpgroups: S^T, dP^T, dV, dK and dQ of each tile that holds a query which sees a key, and S^T once more a
+    tile of keys, which is issued for the queries after the last."""
+    given = dict(zip(OPTIONS, options, strict=False))
+    if not all(map(reachable, (query, key, value, grad_output))):
+        return 0
+    dim = 64 if max(query.shape[3], value.shape[3]) <= 64 else 128
+    sequences = [(query.shape[2], key.shape[2])] * query.shape[0]
+    if given["cu_seqlens_q"] is not None:
+        sequences = list(zip(given["cu_seqlens_q"].diff().tolist(), given["cu_seqlens_k"].diff().tolist(), strict=True))
+    left, right = given["window_left"], given["window_right"]
+    total = 0
+    for queries, keys in sequences:
+        shift = keys - queries if given["bottom_right"] else 0
+        for first in range(0, keys, KEYS):
+            last = min(first + KEYS, keys) - 1
+            low = 0 if right < 0 else max(0, first - shift - right)
+            high = queries - 1 if left < 0 else min(queries - 1, last - shift + left)
+            if low > high:
+                continue
+            tiles = (high // QUERIES - low // QUERIES + 1) * (query.shape[1] // key.shape[1])
+            total += 2 * key.shape[1] * (tiles * (2 * dim // 16 + 2 * QUERIES // 16 + KEYS // 16) + dim // 16)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
+def test_every_instance(dtype, dim, features, device):
+    """Two tiles of keys and three of queries, the last ones ragged, of two heads."""
+    tensors, options = arguments((150, 200), (dim, dim), dtype, device, (2, 1), **(FEATURES if features else {}))
+    check(tensors, options, deterministic=dtype == F16)
+
+
+@pytest.mark.parametrize(
+    "dims", pick([(8, 8), (40, 24), (72, 16), (64, 128), (120, 128)], [(40, 24), (72, 16)]), ids=str
+)
+def test_dims_that_are_padded(dims, device):
+    """Heads lie one behind the other: what stands after a row's last column is the next head's."""
+    check(*arguments((70, 130), dims, BF16, device, (2, 2), 2))
+
+
+@pytest.mark.parametrize(
+    "lengths", pick([(1, 1), (63, 65), (64, 128), (65, 129), (300, 130), (1, 300)], [(1, 1), (65, 129)]), ids=str
+)
+@pytest.mark.parametrize("window", [(-1, 0), (5, 3), (0, 0)], ids=str)
+@pytest.mark.parametrize("bottom_right", [False, True])
+def test_windows(lengths, window, bottom_right, device):
+    window = dict(window_left=window[0], window_right=window[1], bottom_right=bottom_right)
+    check(*arguments(lengths, (16, 16), BF16, device, **window))
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (100, 40)], ids=str)
+def test_hidden_tiles_are_skipped(window, device):
+    """The fixture counts; here it has five tiles of keys and eleven of queries to leave some out of."""
+    window = dict(window_left=window[0], window_right=window[1])
+    tensors, options = arguments((700, 600), (8, 8), BF16, device, **window)
+    seen = [
+        [max(0, i - window["window_left"]) if window["window_left"] >= 0 else 0, i + window["window_right"]]
+        for i in range(700)
+    ]
+    blocks = {(i // QUERIES, j // KEYS) for i, (low, high) in enumerate(seen) for j in range(low, min(599, high) + 1)}
+    lse = torch.zeros(1, 1, 700, device=device)
+    output = torch.zeros_like(tensors[0])
+    given = (output, None, *tensors, output, lse, *options, False, False)
+    assert products(*given) == 2 * (len(blocks) * (8 + 8 + 8) + 5 * 4) < 2 * (11 * 5 * (8 + 8 + 8) + 5 * 4)
+    _cuda.backward(*given)
+
+
+@pytest.mark.parametrize("shape", pick([(2, 2, 70, 140), (1, 2, 70, 140), (2, 1, 1, 140)], [(2, 1, 70, 140)]), ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradient_of_a_bias(shape, deterministic, device):
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for mask in (bias.to(BF16), bias):
+        tensors, options = arguments((70, 140), (16, 16), BF16, device, (2, 2), 2, attn_mask=mask)
+        check(tensors, options, deterministic)
+
+
+def test_rows_without_keys(device):
+    mask = torch.rand(1, 1, 70, 140, generator=torch.Generator().manual_seed(5)) > 0.4
+    mask[:, :, ::3] = False
+    check(*arguments((70, 140), (16, 16), BF16, device, (4, 2), attn_mask=mask))
+    # The first 60 queries stand before the first key.
+    check(*arguments((200, 140), (16, 16), BF16, device, window_right=0, bottom_right=True))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_packed_sequences_do_not_meet(deterministic, device):
+    """Each has the gradients it has alone, to the bit, whatever stands in the others' rows; two are empty."""
+    lengths = [(70, 40), (0, 9), (5, 140), (9, 0), (66, 66)]
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int().to(device) for x in zip(*lengths, strict=True))
+    tensors, options = arguments((150, 255), (16, 16), BF16, device, (2, 1), window_right=30)
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(2)).to(device, BF16)
+    packed = [*options]
+    packed[2:6] = cu_q, cu_k, 70, 140
+    output, lse = _cuda.forward(*tensors, *packed)
+    grads = _cuda.backward(grad, None, *tensors, output, lse, *packed, False, deterministic)
+    for i, (queries, keys) in enumerate(lengths):
+        q, k = slice(int(cu_q[i]), int(cu_q[i]) + queries), slice(int(cu_k[i]), int(cu_k[i]) + keys)
+        if not queries or not keys:
+            assert not grads[0][:, :, q].any() and not grads[1][:, :, k].any() and not grads[2][:, :, k].any()
+            continue
+        alone = [torch.full_like(x, torch.inf) for x in (*tensors, grad, output)]
+        for mine, x, rows in zip(alone, (*tensors, grad, output), (q, k, k, q, q), strict=True):
+            mine[:, :, rows] = x[:, :, rows]
+        query, key, value, grad_output, my_output = alone
+        found = _cuda.backward(grad_output, None, query, key, value, my_output, lse, *packed, False, deterministic)
+        for name, got, wanted, rows in zip(("query", "key", "value"), found, grads, (q, k, k), strict=False):
+            assert torch.equal(got[:, :, rows], wanted[:, :, rows]), f"gradient of {name} of sequence {i}"
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "expanded", "odd width"])
+def test_what_tma_cannot_reach_takes_the_other_path(layout, device):
+    tensors, options = arguments((70, 140), (15 if layout == "odd width" else 16,) * 2, BF16, device, (2, 2))
+    if layout == "misaligned":
+        storage = torch.empty(tensors[1].numel() + 1, dtype=BF16, device=device)
+        tensors[1] = storage[1:].view(tensors[1].shape).copy_(tensors[1])
+    if layout == "expanded":
+        tensors[1] = tensors[1][:, :1].expand(-1, 2, -1, -1)
+    assert not reachable(tensors[1])
+    check(tensors, options)
+
+
+def test_equal_inputs_give_equal_bits(device, request):
+    """Under any schedule, in deterministic mode: two blocks share seven tiles of keys."""
+    emulator = request.getfixturevalue("emulator") if device.type == "cpu" else None
+    schedules = emulator.schedules(seeds=1) if emulator else [{}] * 4
+    mask = torch.randn(1, 1, 70, 800, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for features in ({}, FEATURES | {"attn_mask": mask}):
+        tensors, options = arguments((70, 800), (16, 16), BF16, device, (2, 1), **features)
+        first = None
+        for schedule in schedules:
+            if emulator:
+                emulator.set_options(**schedule)
+            output, lse = _cuda.forward(*tensors, *options) if first is None else first[:2]
+            results = (output, lse, *_cuda.backward(output, lse, *tensors, output, lse, *options, bool(features), True))
+            first = first or results
+            assert all(map(torch.equal, results, first))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dims", [(24, 40), (128, 104)], ids=str)
+def test_small(dims, device):
+    """Small enough for the race checker and AddressSanitizer, with two tiles of keys and of queries."""
+    tensors, options = arguments((70, 140), dims, BF16, device, window_right=60)
+    check(tensors, options)
+    check(tensors, options, deterministic=True)
+
+
+@pytest.mark.sanitized
+def test_small_features(device):
+    mask = torch.randn(1, 1, 70, 140, generator=torch.Generator().manual_seed(1)).bfloat16()
+    check(*arguments((70, 140), (40, 16), BF16, device, (2, 2), attn_mask=mask, **FEATURES))
+
+
+@pytest.mark.sanitized
+@pytest.mark.emulated
+@pytest.mark.parametrize("dim", [64, 128])
+def test_shared_memory_without_bank_conflicts(dim, emulator):
+    tensors, options = arguments((64, 128), (dim, dim), BF16, "cpu")
+    output, lse = _cuda.forward(*tensors, *options)
+    emulator.set_options(bank_conflicts=True)
+    _cuda.backward(torch.ones_like(output), None, *tensors, output, lse, *options, False, True)
+    counted = emulator.counters()
+    emulator.set_options(bank_conflicts=False)
+    assert counted["shared_store_wavefronts"] > 0
+    assert counted["bank_conflict_places"] == []
