@@ -8,6 +8,8 @@ namespace bigkern::emulator {
 
 struct Counters {
   std::atomic<uint64_t> launches{0};
+  std::atomic<uint64_t> wgmma{0};           // products of a warpgroup
+  std::atomic<uint64_t> tma_load_bytes{0};  // of whole boxes, zeros included
   // Bytes the kernels asked for, counted by the race build only.
   std::atomic<uint64_t> global_load_bytes{0};
   std::atomic<uint64_t> global_store_bytes{0};

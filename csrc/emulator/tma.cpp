@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "emulator/counters.h"
+
 namespace bigkern {
 
 namespace emulator {
@@ -244,6 +246,7 @@ void tma_load(void* dst, const TensorMap& map, Mbarrier* barrier, const int* sta
   const Box box = make_box(map, start, rank, "tma_load", where);
   check_shared(dst, box.bytes, 128, "tma_load", where);
   mbarrier_check_issue(barrier, "tma_load", where);
+  counters().tma_load_bytes += box.bytes;
   issue_load([box, dst, barrier, fiber = current] {
     land(box, static_cast<char*>(dst), fiber);
     mbarrier_complete_tx(*fiber->block, barrier, static_cast<uint32_t>(box.bytes), fiber);

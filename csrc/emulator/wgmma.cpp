@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "emulator/counters.h"
 #include "emulator/tma.h"
 
 namespace bigkern {
@@ -312,6 +313,7 @@ void wgmma(const Product& product, float* d, const uint32_t* a, Where where) {
     if (!my_group("wgmma", where).products.advance(current->warp % kWarpsPerGroup, arguments.product)) {
       fail("wgmma: the operands differ between the warps of the warpgroup", where);
     }
+    if (current->warp % kWarpsPerGroup == 0) counters().wgmma++;
     if (warp.interval.late()) {
       take_accumulators(warp, arguments);
       warp.open.push_back(std::move(arguments));
