@@ -129,7 +129,7 @@ py::dict read_counters() {
   const Counters& c = counters();
   py::dict result;
   result["launches"] = c.launches.load();
-  result["wgmma"] = c.wgmma.load();
+  result["wgmmas"] = c.wgmmas.load();
   result["tma_load_bytes"] = c.tma_load_bytes.load();
 #if defined(BK_EMULATE_RACE)
   result["global_load_bytes"] = c.global_load_bytes.load();
@@ -158,8 +158,7 @@ py::dict read_counters() {
 void reset_counters() {
   clear_bank_report();
   Counters& c = counters();
-  c.launches = 0;
-  c.wgmma = c.tma_load_bytes = 0;
+  c.launches = c.wgmmas = c.tma_load_bytes = 0;
   c.global_load_bytes = c.global_store_bytes = c.global_atomic_bytes = 0;
   c.shared_load_bytes = c.shared_store_bytes = 0;
   c.global_accesses = c.global_accesses_16 = 0;
@@ -190,9 +189,9 @@ PYBIND11_MODULE(bigkern_emulator, module) {
   module.def("schedules", &schedules, py::arg("seeds") = 3,
              "Forward, reverse, and `seeds` random and priority schedules, as keyword arguments of set_options.");
   module.def("counters", &read_counters,
-             "Launches, wgmma and tma_load_bytes since reset_counters; in the race build also the bytes the kernels "
-             "read and wrote, and how many "
-             "accesses of global memory there were, of 16 bytes and in all. With the option bank_conflicts, for "
+             "Launches since reset_counters, wgmmas (one a warpgroup) and tma_load_bytes (of whole boxes); in the race "
+             "build also the bytes the kernels read and wrote, and how many accesses of global memory there were, of "
+             "16 bytes and in all. With the option bank_conflicts, for "
              "shared_load_ and shared_store_: accesses of warps, phases (wavefronts without conflicts), wavefronts and "
              "conflicts, their difference; bank_conflict_places: the worst places, with the same numbers. The race "
              "build sees every load and store, the others ldmatrix, stmatrix and cp.async only.");

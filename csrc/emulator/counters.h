@@ -8,8 +8,8 @@ namespace bigkern::emulator {
 
 struct Counters {
   std::atomic<uint64_t> launches{0};
-  std::atomic<uint64_t> wgmma{0};           // products of a warpgroup
-  std::atomic<uint64_t> tma_load_bytes{0};  // of whole boxes, zeros included
+  std::atomic<uint64_t> wgmmas{0};          // of whole warpgroups
+  std::atomic<uint64_t> tma_load_bytes{0};  // of whole boxes, tensor maps' alone
   // Bytes the kernels asked for, counted by the race build only.
   std::atomic<uint64_t> global_load_bytes{0};
   std::atomic<uint64_t> global_store_bytes{0};

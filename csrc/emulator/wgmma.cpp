@@ -313,7 +313,7 @@ void wgmma(const Product& product, float* d, const uint32_t* a, Where where) {
     if (!my_group("wgmma", where).products.advance(current->warp % kWarpsPerGroup, arguments.product)) {
       fail("wgmma: the operands differ between the warps of the warpgroup", where);
     }
-    if (current->warp % kWarpsPerGroup == 0) counters().wgmma++;
+    if (current->warp % kWarpsPerGroup == 0) counters().wgmmas++;
     if (warp.interval.late()) {
       take_accumulators(warp, arguments);
       warp.open.push_back(std::move(arguments));
