@@ -33,6 +33,7 @@
 #include "kernels/conv_depthwise.cuh"
 #include "kernels/conv_epilogue.cuh"
 #include "kernels/conv_gemm.cuh"
+#include "kernels/conv_hopper_plan.cuh"
 #include "kernels/conv_layout.cuh"
 #include "kernels/conv_pool.cuh"
 #include "kernels/conv_weight.cuh"
@@ -143,42 +144,6 @@ inline bool is_depthwise(const ConvShape& shape) {
 
 // ---- The tile loop ----
 
-// Lays the tile's rows over pooling windows; false where too few of them would be of use, and the pool is a pass of its
-// own.
-inline bool plan_pool(const ConvPool& pool, int tile_m, GemmParams& p) {
-  p.pool = pool;
-  const int64_t outputs = p.images * pool.out_h * pool.out_w;
-  const int area = pool.kernel_h * pool.kernel_w;
-  const bool apart =
-      pool.stride_h >= pool.kernel_h && pool.stride_w >= pool.kernel_w && pool.padding_h == 0 && pool.padding_w == 0;
-  if (apart && area <= tile_m) {
-    p.pool_tile = PoolTile::kWindows;
-    p.windows = tile_m / area;
-    p.tiles_m = ceil_div<int64_t>(outputs, p.windows);
-    return p.windows * area * 2 >= tile_m;
-  }
-  int64_t best = 0;
-  for (int tile_h = 1; tile_h <= pool.out_h; tile_h++) {
-    const int box_h = (tile_h - 1) * pool.stride_h + pool.kernel_h;
-    const int fitting = (tile_m / box_h - pool.kernel_w) / pool.stride_w + 1;
-    if (tile_m / box_h < pool.kernel_w) break;
-    const int tile_w = std::min(fitting, pool.out_w);
-    const int64_t boxes = int64_t{ceil_div(pool.out_h, tile_h)} * ceil_div(pool.out_w, tile_w);
-    if (best == 0 || boxes < best) {
-      best = boxes;
-      p.tile_h = tile_h, p.tile_w = tile_w;
-    }
-  }
-  if (best == 0) return false;
-  p.pool_tile = PoolTile::kBox;
-  p.windows = p.tile_h * p.tile_w;
-  p.box_w = (p.tile_w - 1) * pool.stride_w + pool.kernel_w;
-  p.boxes_h = ceil_div(pool.out_h, p.tile_h);
-  p.boxes_w = ceil_div(pool.out_w, p.tile_w);
-  p.tiles_m = p.images * best;
-  return best * tile_m <= 2 * int64_t{p.height.result} * p.width.result;
-}
-
 template <class T, class Shape, class Product, template <class, class> class Loader, class Epilogue>
 int launch_gemm_tile(GemmParams p, int classes, const Epilogue& epilogue, Stream stream) {
   p.tiles_n = ceil_div(p.filters, Shape::kN);
@@ -239,6 +204,10 @@ template <class T, class Epilogue>
 int launch_gemm(const GemmParams& p, bool tf32, bool small, const Epilogue& epilogue, Stream stream) {
   if constexpr (std::is_same_v<T, float>) {
     if (!tf32) return launch_gemm<T, FusedMultiplyAdd>(p, small, epilogue, stream);
+  } else if (compute_capability() == 90 && whole_chunks<T>(p)) {
+    // The forward pass and the input gradient have a kernel of sm_90a's own; what its plan leaves stays here.
+    const HopperPlan plan = plan_hopper(p);
+    if (plan.tile >= 0) return launch_hopper<T>(plan, epilogue, stream);
   }
   return launch_gemm<T, TensorCores>(p, small, epilogue, stream);
 }

@@ -15,6 +15,7 @@
 #include "kernels/conv.h"
 #include "kernels/conv_tile.cuh"
 
+#include <algorithm>
 #include <climits>
 
 namespace bigkern {
@@ -44,11 +45,11 @@ struct AxisShape {
   int common;  // gcd(stride, dilation)
 };
 
-__device__ __forceinline__ Axis forward_axis(const AxisShape& shape) {
+__host__ __device__ __forceinline__ Axis forward_axis(const AxisShape& shape) {
   return {shape.result, shape.stride, -shape.padding, shape.dilation, shape.taps, 0, 1, 0, 1};
 }
 
-__device__ __forceinline__ Axis transposed_axis(const AxisShape& shape, int parity) {
+__host__ __device__ __forceinline__ Axis transposed_axis(const AxisShape& shape, int parity) {
   const int every = shape.stride / shape.common;
   int tap = 0;
   while (tap < every && (parity + shape.padding - tap * shape.dilation) % shape.stride != 0) tap++;
@@ -87,14 +88,14 @@ struct GemmParams {
   int boxes_h, boxes_w;  // of an image
 };
 
-// Which tile a block has. Filters run fastest, so that neighbouring blocks read the same places of the images.
+// Which tile the block of this number has. Filters run fastest, so that neighbours read the same places of the images.
 struct TilePlace {
   int64_t m;
   int n, group;
   Axis height, width;
 
-  __device__ __forceinline__ explicit TilePlace(const GemmParams& p) {
-    const int64_t block = blockIdx.x, rest = block / p.tiles_n;
+  __device__ __forceinline__ TilePlace(const GemmParams& p, int64_t block) {
+    const int64_t rest = block / p.tiles_n;
     n = static_cast<int>(block - rest * p.tiles_n);
     int z = static_cast<int>(rest / p.tiles_m);
     m = rest - z * p.tiles_m;
@@ -148,6 +149,42 @@ __device__ __forceinline__ Place locate(const GemmParams& p, const TilePlace& ti
                   place.h < rows && place.w >= 0 && place.w < cols;
   }
   return place;
+}
+
+// Lays the tile's rows over pooling windows; false where too few of them would be of use, and the pool is a pass of its
+// own.
+inline bool plan_pool(const ConvPool& pool, int tile_m, GemmParams& p) {
+  p.pool = pool;
+  const int64_t outputs = p.images * pool.out_h * pool.out_w;
+  const int area = pool.kernel_h * pool.kernel_w;
+  const bool apart =
+      pool.stride_h >= pool.kernel_h && pool.stride_w >= pool.kernel_w && pool.padding_h == 0 && pool.padding_w == 0;
+  if (apart && area <= tile_m) {
+    p.pool_tile = PoolTile::kWindows;
+    p.windows = tile_m / area;
+    p.tiles_m = ceil_div<int64_t>(outputs, p.windows);
+    return p.windows * area * 2 >= tile_m;
+  }
+  int64_t best = 0;
+  for (int tile_h = 1; tile_h <= pool.out_h; tile_h++) {
+    const int box_h = (tile_h - 1) * pool.stride_h + pool.kernel_h;
+    const int fitting = (tile_m / box_h - pool.kernel_w) / pool.stride_w + 1;
+    if (tile_m / box_h < pool.kernel_w) break;
+    const int tile_w = std::min(fitting, pool.out_w);
+    const int64_t boxes = int64_t{ceil_div(pool.out_h, tile_h)} * ceil_div(pool.out_w, tile_w);
+    if (best == 0 || boxes < best) {
+      best = boxes;
+      p.tile_h = tile_h, p.tile_w = tile_w;
+    }
+  }
+  if (best == 0) return false;
+  p.pool_tile = PoolTile::kBox;
+  p.windows = p.tile_h * p.tile_w;
+  p.box_w = (p.tile_w - 1) * pool.stride_w + pool.kernel_w;
+  p.boxes_h = ceil_div(pool.out_h, p.tile_h);
+  p.boxes_w = ceil_div(pool.out_w, p.tile_w);
+  p.tiles_m = p.images * best;
+  return best * tile_m <= 2 * int64_t{p.height.result} * p.width.result;
 }
 
 // Where a row's operand lies: under tap (0, 0), which may be outside the image; rows without a place are outside for
@@ -380,7 +417,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
   BK_SHARED(RowStart, starts, [Shape::kM]);
   BK_SHARED(int64_t, places, [Shape::kM]);
 
-  const TilePlace tile(p);
+  const TilePlace tile(p, blockIdx.x);
   // The parities of a transposed axis differ in places; some may have none.
   if (p.transposed && tile.m * Shape::kM >= p.images * tile.height.places * tile.width.places) return;
   for (int row = threadIdx.x; row < Shape::kM; row += Shape::kThreads) {

@@ -28,6 +28,7 @@ CONV = "csrc/kernels/conv.cuh"
 CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
 CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
+CONV_HOPPER = "csrc/kernels/conv_hopper.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
@@ -250,6 +251,62 @@ BUGS = [
         "starts[step % kStages][threadIdx.x] = walk.next(p);",
         "starts[(step + kStages - 1) % kStages][threadIdx.x] = walk.next(p);",
         "plain",
+    ),
+    Bug(
+        "filters multiplied before they have landed",
+        "conv_hopper",
+        CONV_HOPPER,
+        "if (half == 0) mbarrier_wait(stage_full + stage.index, stage.parity);",
+        "",
+        "plain",
+    ),
+    Bug(
+        "pixels read before they have landed",
+        "conv_hopper",
+        CONV_HOPPER,
+        "        mbarrier_wait(slab_full + slab.index, slab.parity);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "filters loaded over a stage still read",
+        "conv_hopper",
+        CONV_HOPPER,
+        "              mbarrier_wait(stage_empty + stage.index, stage.parity ^ 1);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "slab free when the first warp has left it",
+        "conv_hopper",
+        CONV_HOPPER,
+        "mbarrier_init(slab_empty + i, kConsumerWarps);",
+        "mbarrier_init(slab_empty + i, 1);",
+        "plain",
+    ),
+    Bug(
+        "descriptor's stride of half an atom",
+        "conv_hopper",
+        CONV_HOPPER,
+        "wgmma_descriptor(filters, 16, 1024, kHopperChannelBytes)",
+        "wgmma_descriptor(filters, 16, 512, kHopperChannelBytes)",
+        "plain",
+    ),
+    Bug(
+        "next image's rows without the lines that taps reach",
+        "conv_hopper",
+        CONV_HOPPER,
+        "pixel[i] + per_reach[i] * reach + tap;",
+        "pixel[i] + tap;",
+        "plain",
+    ),
+    Bug(
+        "results of a slice over those being stored",
+        "conv_hopper",
+        CONV_HOPPER,
+        "        named_barrier(1, Shape::kConsumers);  // and may be overwritten, the places too\n",
+        "",
+        "race",
     ),
     Bug(
         "tail of the last chunk taken for a whole one",

@@ -253,6 +253,32 @@ def adam_steps(library: ctypes.CDLL, arrays: list, ends: np.ndarray, begin: int 
     return None
 
 
+def conv_hopper(library: ctypes.CDLL) -> str | None:
+    """One block: tiles over several images, tails of everything, rings that go round, the phases of a stride."""
+    for images, channels, height, width, filters, kernel, stride, padding in (
+        (5, 160, 9, 8, 40, 3, 1, 1),
+        (2, 40, 8, 7, 24, 3, 2, 1),
+    ):
+        rng = np.random.default_rng(channels)
+        x, weight = (
+            rng.integers(-1, 2, shape).astype(np.float32)
+            for shape in ((images, height, width, channels), (filters, kernel, kernel, channels))
+        )
+        out_h, out_w = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        wanted = np.zeros((images, out_h, out_w, filters), np.float32)
+        for r, s in np.ndindex(kernel, kernel):
+            under = padded[:, r : r + stride * out_h : stride, s : s + stride * out_w : stride]
+            wanted += under[:, :out_h, :out_w] @ weight[:, r, s].T
+        output = np.full_like(wanted, np.nan)
+        sizes = [ctypes.c_int(n) for n in (images, channels, height, width, filters, kernel, stride, padding)]
+        failure = call(library.run_conv_hopper, *sizes, pointer(x), pointer(weight), pointer(output))
+        failure = failure or compare("output", output, np.maximum(wanted, 0), 1e-6)
+        if failure:
+            return f"stride {stride}: {failure}"
+    return None
+
+
 def rnn(library: ctypes.CDLL) -> str | None:
     """A packed bidirectional LSTM in each variant, several blocks and a padded group; the reference is torch's."""
     import torch
@@ -454,6 +480,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "layer_norm": layer_norm,
         "adam": adam,
         "conv": conv,
+        "conv_hopper": conv_hopper,
         "rnn": rnn,
         "attention": attention,
         "attention_decode": attention_decode,
