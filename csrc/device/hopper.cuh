@@ -1,4 +1,4 @@
-// The Hopper part of the device layer (sm_90a): mbarriers, TMA, wgmma, setmaxnreg.
+// The Hopper part of the device layer (sm_90a): mbarriers, TMA, wgmma, setmaxnreg, clusters.
 #pragma once
 
 #include "device/device.cuh"

@@ -13,6 +13,7 @@ struct LaunchConfig {
   size_t shared_bytes = 0;
   Stream stream = nullptr;
   bool cooperative = false;  // all blocks resident at once, as a grid-wide exchange needs
+  unsigned cluster = 1;      // blocks along x that run together (device/cuda/cluster.cuh); at most 8, divides grid.x
 };
 
 }  // namespace bigkern

@@ -10,6 +10,7 @@
 //   warp_collective()      the lanes of a mask meet: all deposit an argument, the last one computes for all
 //   spin_point()           must be called by anything a kernel may poll
 //   Block::pending         operations that may complete at any time; run when nothing else can, or earlier
+//   Cluster                the blocks that reach each other's shared memory (cluster.h)
 //   extension<T>(block)    a block's state that belongs to one feature
 //   race.h                 record_access() and the happens-before edges the race checker needs
 //   bank_conflicts.h       what counts the bank conflicts of shared memory
@@ -34,6 +35,7 @@
 namespace bigkern::emulator {
 
 struct Block;
+struct Cluster;
 struct Warp;
 class Scheduler;
 
@@ -88,6 +90,8 @@ struct alignas(64) Fiber {
   std::vector<size_t> copy_groups;  // how many of them each group in flight committed, oldest first
   size_t open_copies = 0;           // how many of them are not committed
   AsyncInterval copy_interval;
+  uint32_t cluster_arrivals = 0;  // how often it has arrived at its cluster's barrier, and waited there
+  uint32_t cluster_waits = 0;
   FiberRace race;
 };
 
@@ -246,13 +250,37 @@ struct BlockBarrier {
 struct SharedVariable {
   const void* tag;
   char* address;
+  size_t bytes, align;
 };
 
 constexpr size_t kArenaBytes = 256 << 10;
 
+// What one block of a cluster last did to the shared memory of another, without being known to be done.
+struct RemoteUse {
+  const Fiber* fiber = nullptr;  // null: nothing
+  uint64_t number = 0;           // counts such uses in the cluster
+  uint32_t phase = 0;            // of the cluster's barrier, behind which it is done
+  const char* operation = "";
+  Where where;
+};
+
+// Blocks that run together; without clusters, each block is one of its own.
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  uint64_t uses = 0;
+  uint32_t phases = 0;  // of the barrier, complete
+  int arrived = 0;      // in the next one
+  Where where;          // the first arrival
+  std::vector<Fiber*> waiting;
+  ClusterClock clock;
+};
+
 struct Block {
   uint3 index{};
   unsigned linear = 0;  // of the grid
+  Cluster* cluster = nullptr;
+  uint32_t rank = 0;
+  std::vector<RemoteUse> remote_uses;  // of this block's shared memory, by the other block's rank
   int threads = 0;
   int live = 0;  // threads that have not exited
   dim3 block_dim, grid_dim;

@@ -1,6 +1,7 @@
 // The Hopper part of the device layer, emulated.
 #pragma once
 
+#include "emulator/cluster.h"
 #include "emulator/mbarrier.h"
 #include "emulator/tma.h"
 #include "emulator/wgmma.h"

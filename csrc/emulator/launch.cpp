@@ -21,6 +21,8 @@ namespace {
 constexpr int kBadLaunch = 10001;
 constexpr int kKernelFailed = 10002;
 
+constexpr unsigned kMaxCluster = 8;  // what every GPU with clusters runs
+
 thread_local std::string thread_error;
 
 std::mutex last_error_mutex;
@@ -49,6 +51,13 @@ std::string refusal(const LaunchConfig& config, const Options& options) {
     return "launch: " + std::to_string(config.shared_bytes) + " bytes of dynamic shared memory (at most " +
            std::to_string(options.max_shared_bytes) + ")";
   }
+  if (config.cluster > 1 && options.compute_capability < 90) {
+    return "launch: clusters need compute capability 90, this device has " + std::to_string(options.compute_capability);
+  }
+  if (config.cluster < 1 || config.cluster > kMaxCluster || grid.x % config.cluster != 0) {
+    return "launch: clusters of " + std::to_string(config.cluster) + " blocks (1 to " + std::to_string(kMaxCluster) +
+           ", a divisor of the grid's " + std::to_string(grid.x) + " in x)";
+  }
   const uint64_t resident =
       uint64_t(options.multiprocessors) * uint64_t(occupancy(static_cast<int>(threads), config.shared_bytes));
   if (config.cooperative && blocks > resident) {
@@ -74,6 +83,7 @@ int launch(const LaunchConfig& config, void (*call)(void*), void* arguments) {
   state.block = config.block;
   state.shared_bytes = config.shared_bytes;
   state.cooperative = config.cooperative;
+  state.cluster = config.cluster;
   state.call = call;
   state.arguments = arguments;
   state.options = chosen;
@@ -83,7 +93,7 @@ int launch(const LaunchConfig& config, void (*call)(void*), void* arguments) {
   state.workers = 1;
 #endif
   if (config.cooperative) state.workers = 1;
-  state.workers = static_cast<int>(std::min<unsigned>(std::max(1, state.workers), state.blocks()));
+  state.workers = static_cast<int>(std::min<unsigned>(std::max(1, state.workers), state.clusters()));
 
   counters().launches++;
   race_start_launch(state.blocks());
@@ -99,6 +109,13 @@ int occupancy(int threads, size_t shared_bytes) {
   const Options& chosen = options();
   if (threads <= 0 || threads > kMaxThreads || shared_bytes > chosen.max_shared_bytes) return 0;
   return chosen.blocks_per_multiprocessor;
+}
+
+int occupancy_clusters(const LaunchConfig& config) {
+  if (!refusal(config, options()).empty()) return 0;
+  const dim3 block = config.block;
+  const int blocks = occupancy(static_cast<int>(block.x * block.y * block.z), config.shared_bytes);
+  return options().multiprocessors * blocks / static_cast<int>(config.cluster);
 }
 
 std::string last_error() {

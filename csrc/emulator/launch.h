@@ -33,12 +33,18 @@ int compute_capability();
 namespace emulator {
 
 int occupancy(int threads, size_t shared_bytes);
+int occupancy_clusters(const LaunchConfig& config);
 
 }  // namespace emulator
 
 template <class... Params>
 int occupancy(void (*)(Params...), int threads, size_t shared_bytes) {
   return emulator::occupancy(threads, shared_bytes);
+}
+
+template <class... Params>
+int occupancy_clusters(void (*)(Params...), const LaunchConfig& config) {
+  return emulator::occupancy_clusters(config);
 }
 
 }  // namespace bigkern

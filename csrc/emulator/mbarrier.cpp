@@ -1,5 +1,7 @@
 #include "emulator/mbarrier.h"
 
+#include "emulator/cluster.h"
+
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -32,6 +34,10 @@ struct BarrierState {
   std::vector<Fiber*> waiting;
   SyncClock open;       // what arrivals of this phase publish
   SyncClock completed;  // what those of all ended phases did
+  // The same of threads of other blocks, which only mbarrier_wait_cluster sees; and the last of their uses of this
+  // block's shared memory that came before, by rank.
+  SyncClock remote_open, remote_completed;
+  std::vector<uint64_t> uses_open, uses_completed;
 };
 
 struct Mbarriers : BlockExtension {
@@ -75,10 +81,14 @@ BarrierState& use(Block& block, Mbarrier* barrier, const char* operation, Where 
 }
 
 // The same on behalf of a thread, whose access must come after the initialisation.
+BarrierState& use_by_thread(Block& owner, Mbarrier* barrier, const char* operation, Where where) {
+  record_access(current, barrier, sizeof(Mbarrier), Access::kAtomic);
+  return use(owner, barrier, operation, where);
+}
+
 BarrierState& use_by_thread(Mbarrier* barrier, const char* operation, Where where) {
   check_shared(barrier, sizeof(Mbarrier), alignof(Mbarrier), operation, where);
-  record_access(current, barrier, sizeof(Mbarrier), Access::kAtomic);
-  return use(*current->block, barrier, operation, where);
+  return use_by_thread(*current->block, barrier, operation, where);
 }
 
 void end_phase_if_complete(BarrierState& state, Word word) {
@@ -86,6 +96,8 @@ void end_phase_if_complete(BarrierState& state, Word word) {
     word.phase ^= 1;
     word.pending = state.arrivals;
     state.completed = state.open;
+    state.remote_completed = state.remote_open;
+    state.uses_completed = state.uses_open;
     for (Fiber* fiber : state.waiting) make_ready(fiber);
     state.waiting.clear();
     note_progress();
@@ -93,12 +105,18 @@ void end_phase_if_complete(BarrierState& state, Word word) {
   store(state.barrier, word);
 }
 
-void arrive(BarrierState& state, int64_t expected_bytes, const char* operation, Where where) {
+void arrive(BarrierState& state, int64_t expected_bytes, const char* operation, Where where, bool remote = false) {
   Word word = load(state.barrier);
   if (word.pending == 0) fail(std::string(operation) + ": more arrivals in one phase than the mbarrier counts", where);
   const int64_t bytes = word.bytes + expected_bytes;
   if (bytes > int64_t{kMaxCount}) fail(std::string(operation) + ": more than 2^20 - 1 bytes expected", where);
-  happens_before_release(state.open, current);
+  if (remote) {
+    happens_before_release_remote(state.remote_open, current);
+    state.uses_open.resize(current->block->cluster->blocks.size());
+    state.uses_open[current->block->rank] = current->block->cluster->uses;
+  } else {
+    happens_before_release(state.open, current);
+  }
   word.bytes = static_cast<int32_t>(bytes);
   word.pending--;
   end_phase_if_complete(state, word);
@@ -119,18 +137,44 @@ bool phase_has_ended(const Mbarrier* barrier, uint32_t parity) {
   return load(barrier).phase != (parity & 1);
 }
 
+const BarrierState& wait_for_phase(Mbarrier* barrier, uint32_t parity, const char* operation, Where where) {
+  use_by_thread(barrier, operation, where);
+  while (!phase_has_ended(barrier, parity)) {
+    find(*current->block, barrier)->waiting.push_back(current);
+    wait(operation, where);
+  }
+  return *find(*current->block, barrier);
+}
+
+void acquire(const BarrierState& state) {
+  happens_before_acquire(state.completed, current);
+  for (size_t rank = 0; rank < state.uses_completed.size(); rank++) {
+    RemoteUse& use = current->block->remote_uses[rank];
+    if (use.number <= state.uses_completed[rank]) use = RemoteUse{};
+  }
+}
+
 }  // namespace
 
-void mbarrier_check_issue(Mbarrier* barrier, const char* operation, Where where) {
-  if (use_by_thread(barrier, operation, where).unfenced) {
+void mbarrier_check_issue(Block& owner, Mbarrier* barrier, const char* operation, Where where) {
+  if (use_by_thread(owner, barrier, operation, where).unfenced) {
     fail(std::string(operation) + ": no fence_barrier_init() after the mbarrier was initialised", where);
   }
+}
+
+void mbarrier_check_issue(Mbarrier* barrier, const char* operation, Where where) {
+  check_shared(barrier, sizeof(Mbarrier), alignof(Mbarrier), operation, where);
+  mbarrier_check_issue(*current->block, barrier, operation, where);
 }
 
 void mbarrier_complete_tx(Block& block, Mbarrier* barrier, uint32_t bytes, Fiber* fiber) {
   BarrierState& state = use(block, barrier, "a bulk copy's completion", {});
   Word word = load(barrier);
-  happens_before_release(state.open, fiber);
+  if (fiber->block == &block) {
+    happens_before_release(state.open, fiber);
+  } else {
+    happens_before_release_remote(state.open, fiber);
+  }
   word.bytes -= static_cast<int32_t>(bytes);
   end_phase_if_complete(state, word);
 }
@@ -153,7 +197,10 @@ void mbarrier_init(Mbarrier* barrier, uint32_t arrivals, Where where) {
   } else if (!state->waiting.empty()) {
     fail("mbarrier_init: threads are waiting on this mbarrier", where);
   }
-  *state = {barrier, arrivals, current, {}, {}, {}};
+  *state = BarrierState{};
+  state->barrier = barrier;
+  state->arrivals = arrivals;
+  state->unfenced = current;
   Word word{};
   word.pending = arrivals;
   word.mark = kMark;
@@ -189,18 +236,29 @@ bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity, Where where) {
     complete_pending_if_polled_long(*current->block);
     return false;
   }
-  happens_before_acquire(state.completed, current);
+  acquire(state);
   return true;
 }
 
 void mbarrier_wait(Mbarrier* barrier, uint32_t parity, Where where) {
   RuntimeScope scope;
-  use_by_thread(barrier, "mbarrier_wait", where);
-  while (!phase_has_ended(barrier, parity)) {
-    find(*current->block, barrier)->waiting.push_back(current);
-    wait("mbarrier_wait", where);
-  }
-  happens_before_acquire(find(*current->block, barrier)->completed, current);
+  acquire(wait_for_phase(barrier, parity, "mbarrier_wait", where));
+}
+
+void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank, Where where) {
+  RuntimeScope scope;
+  const RemotePlace place = remote_place(barrier, rank, "mbarrier_arrive_cluster", where);
+  note_remote_use(place, sizeof(Mbarrier), alignof(Mbarrier), "mbarrier_arrive_cluster", where);
+  auto* remote = reinterpret_cast<Mbarrier*>(place.address);
+  mbarrier_check_issue(*place.owner, remote, "mbarrier_arrive_cluster", where);
+  arrive(*find(*place.owner, remote), 0, "mbarrier_arrive_cluster", where, true);
+}
+
+void mbarrier_wait_cluster(Mbarrier* barrier, uint32_t parity, Where where) {
+  RuntimeScope scope;
+  const BarrierState& state = wait_for_phase(barrier, parity, "mbarrier_wait_cluster", where);
+  acquire(state);
+  happens_before_acquire_remote(state.remote_completed, current);
 }
 
 }  // namespace bigkern

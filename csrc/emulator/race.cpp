@@ -213,6 +213,22 @@ Checker& checker() {
   return *all;
 }
 
+// The block of the cluster that the access was made by; null when it was made before the cluster ran.
+const Block* find_block(const Cluster& cluster, uint32_t id) {
+  const uint32_t rank = id - cluster.blocks[0]->race.id;  // ranks are numbered as blocks are
+  return rank < cluster.blocks.size() ? cluster.blocks[rank] : nullptr;
+}
+
+// The block of the fiber's cluster in whose shared memory an address lies; null: global memory.
+Block* shared_owner(const Fiber& fiber, const char* p) {
+  auto holds = [p](const Block& block) { return static_cast<size_t>(p - block.arena) < kArenaBytes; };
+  if (holds(*fiber.block)) return fiber.block;
+  for (Block* block : fiber.block->cluster->blocks) {
+    if (holds(*block)) return block;
+  }
+  return nullptr;
+}
+
 bool is_ordered(const Stamp& stamp, const Fiber& fiber) {
   const BlockRace& block = fiber.block->race;
   if (stamp.block < checker().first_id) return true;  // no access yet, or one of an earlier launch
@@ -249,16 +265,17 @@ struct AccessUnderWay {
   bool copy_issue;  // the start of an asynchronous write
   bool emulated;    // by emulated hardware rather than the kernel's own code
   Proxy proxy;
-  bool shared;
+  const Block* owner;  // of the shared memory; null: global memory
   Stamp stamp;
 
   std::string name() const {
     return copy_issue ? "asynchronous copy" : atomic ? (write ? "atomic" : "atomic load") : write ? "write" : "read";
   }
   std::string where(uintptr_t address) const {
-    const Block& block = *fiber.block;
-    if (!shared) return "global memory";
-    return "shared memory (byte " + std::to_string(address - reinterpret_cast<uintptr_t>(block.arena)) + ")";
+    if (!owner) return "global memory";
+    const std::string byte = "byte " + std::to_string(address - reinterpret_cast<uintptr_t>(owner->arena));
+    if (owner == fiber.block) return "shared memory (" + byte + ")";
+    return "shared memory (" + byte + " of block " + triple(owner->linear, owner->grid_dim) + ")";
   }
 
   [[noreturn]] void fail_race(const char* earlier, const Stamp& other, uintptr_t address) const {
@@ -271,12 +288,15 @@ struct AccessUnderWay {
   }
 
   void check(const Cell& cell, uintptr_t address) const {
+    const Cluster& cluster = *fiber.block->cluster;
+    const Block* writer = owner ? find_block(cluster, cell.writer.block) : nullptr;
     auto races = [&](const Stamp& other) {
       if (other.block == 0 || (other.atomic && atomic) || is_ordered(other, fiber)) return false;
       // Shared memory still shows the block that had it before; a fiber's stack holds locals lent to a collective.
-      return shared ? other.block == fiber.block->race.id : !is_fiber_stack(reinterpret_cast<const void*>(address));
+      return owner ? find_block(cluster, other.block) != nullptr
+                   : !is_fiber_stack(reinterpret_cast<const void*>(address));
     };
-    if (shared && !write && cell.writer.block != fiber.block->race.id) {
+    if (owner && !write && !writer) {
       fail("read of uninitialised " + where(address) + " at " + place_text(stamp.place));
     }
     if (races(cell.writer)) fail_race(cell.writer.atomic ? "atomic" : "write", cell.writer, address);
@@ -285,12 +305,12 @@ struct AccessUnderWay {
         if (races(reader)) fail_race(reader.atomic ? "atomic load" : "read", reader, address);
       }
     }
-    if (shared && cell.proxy == kInFlight && !emulated && cell.writer.block == fiber.block->race.id) {
+    if (writer && cell.proxy == kInFlight && !emulated) {
       fail(name() + " at " + place_text(stamp.place) + " of " + where(address) +
            ", which an asynchronous copy started at " + place_text(cell.writer.place) + " is still writing");
     }
-    if (shared && proxy == Proxy::kAsync && !write && cell.proxy != kWrittenAsync && cell.proxy != kInFlight &&
-        cell.proxy >= fiber.block->fibers[cell.writer.thread]->race.proxy_epoch) {
+    if (writer && proxy == Proxy::kAsync && !write && cell.proxy != kWrittenAsync && cell.proxy != kInFlight &&
+        cell.proxy >= writer->fibers[cell.writer.thread]->race.proxy_epoch) {
       fail("fence_proxy_async is missing after the write to " + where(address) + " by " + who(cell.writer, fiber) +
            ", which is read through the asynchronous proxy");
     }
@@ -331,16 +351,16 @@ void access(Fiber* fiber, const void* pointer, size_t bytes, Access kind, Proxy 
   if (!fiber || !fiber->block || bytes == 0) return;
   Block& block = *fiber->block;
   const auto* p = static_cast<const char*>(pointer);
-  const bool shared = static_cast<size_t>(p - block.arena) < kArenaBytes;
-  if (!shared && is_private(p, *fiber)) return;
+  const Block* owner = shared_owner(*fiber, p);
+  if (!owner && is_private(p, *fiber)) return;
   RuntimeScope scope;
   const bool write = kind == Access::kWrite || kind == Access::kAtomic;
   const bool atomic = kind == Access::kAtomic || kind == Access::kAtomicRead;
-  if (!copy_issue && !is_image(p)) count(shared, write, atomic, bytes);
+  if (!copy_issue && !is_image(p)) count(owner != nullptr, write, atomic, bytes);
   refresh(*fiber);
   const Stamp stamp{
       block.race.id, block.race.generation, fiber->race.clock, static_cast<unsigned>(fiber->index), atomic, place};
-  const AccessUnderWay now{*fiber, write, atomic, copy_issue, emulated, proxy, shared, stamp};
+  const AccessUnderWay now{*fiber, write, atomic, copy_issue, emulated, proxy, owner, stamp};
   for_each_cell(checker().shadow, reinterpret_cast<uintptr_t>(pointer), bytes, [&](Cell& cell, uintptr_t address) {
     now.check(cell, address);
     now.record(cell);
@@ -385,6 +405,53 @@ void happens_before_acquire(const SyncClock& clock, Fiber* fiber) {
   if (clock.generation == fiber->block->race.generation) join_clocks(*fiber, clock.clocks);
   fiber->race.foreign = merged(fiber->race.foreign, clock.foreign);
   fiber->race.released = merged(fiber->race.released, clock.released);
+  if (clock.foreign) fiber->block->race.exchanged = true;
+}
+
+void happens_before_release_remote(SyncClock& clock, Fiber* fiber) {
+  refresh(*fiber);
+  clock.foreign = merged(clock.foreign, snapshot(*fiber));
+  clock.released = merged(clock.released, fiber->race.released);
+  fiber->race.clock++;
+}
+
+void happens_before_acquire_remote(const SyncClock& clock, Fiber* fiber) {
+  refresh(*fiber);
+  learn(*fiber, clock.foreign);
+  fiber->race.released = merged(fiber->race.released, clock.released);
+  fiber->block->race.exchanged = true;
+}
+
+// Every thread arrives, so that each one's own clock is enough: what it knows of others, they bring themselves.
+void cluster_arrived(Cluster& cluster, Fiber* fiber) {
+  refresh(*fiber);
+  cluster.clock.arrived.resize(cluster.blocks.size());
+  SyncClock& clock = cluster.clock.arrived[fiber->block->rank];
+  if (clock.generation != fiber->race.generation) {
+    clock.generation = fiber->race.generation;
+    clock.clocks.assign(static_cast<size_t>(fiber->block->threads), 0);
+  }
+  clock.clocks[static_cast<size_t>(fiber->index)] = fiber->race.clock++;
+  clock.foreign = merged(clock.foreign, fiber->race.foreign);
+  clock.released = merged(clock.released, fiber->race.released);
+}
+
+void cluster_phase_ended(Cluster& cluster) {
+  SyncClock all;
+  auto own = std::make_shared<Knowledge>();
+  for (const Block* block : cluster.blocks) {
+    SyncClock& clock = cluster.clock.arrived[block->rank];
+    own->push_back({block->race.id, clock.generation, std::make_shared<Clocks>(std::move(clock.clocks))});
+    all.foreign = merged(all.foreign, clock.foreign);
+    all.released = merged(all.released, clock.released);
+    clock = SyncClock{};
+  }
+  all.foreign = merged(all.foreign, own);
+  cluster.clock.completed = std::move(all);
+}
+
+void cluster_waited(const Cluster& cluster, Fiber* fiber) {
+  happens_before_acquire_remote(cluster.clock.completed, fiber);
 }
 
 void happens_before_join(Fiber* const* fibers, int count) {

@@ -5,6 +5,7 @@
 // a generation, by the thread's own clock. Two accesses of which one writes race unless the second thread knows the
 // first one's number. Knowledge spreads
 //   within a block   at __syncthreads (all), __syncwarp, and through SyncClocks: named barriers, mbarriers
+//   in a cluster     at cluster_sync (all), and through mbarriers
 //   across blocks    as the PTX memory model says: through release and acquire operations on one address, or relaxed
 //                    ones with a fence before the write and a fence after the read
 // In other builds everything here is empty.
@@ -20,6 +21,7 @@
 namespace bigkern::emulator {
 
 struct Block;
+struct Cluster;
 struct Fiber;
 
 enum class Access { kRead, kWrite, kAtomic, kAtomicRead };
@@ -65,6 +67,12 @@ struct SyncClock {
   KnowledgePtr released;  // fences made before: they count for the atomics of whoever acquires
 };
 
+// What the barrier of a cluster carries from all its threads to all.
+struct ClusterClock {
+  std::vector<SyncClock> arrived;  // by rank
+  SyncClock completed;
+};
+
 // An access by emulated hardware on behalf of a fiber: a copy, a matrix load, an atomic. Also counts the bytes.
 void record_access(Fiber* fiber, const void* address, size_t bytes, Access access, Proxy proxy = Proxy::kGeneric,
                    Where where = {});
@@ -77,6 +85,15 @@ void happens_before_release(SyncClock& clock, Fiber* fiber);
 void happens_before_acquire(const SyncClock& clock, Fiber* fiber);
 void happens_before_join(Fiber* const* fibers, int count);  // all to all
 void happens_before_barrier(Block& block);                  // all threads of the block
+
+// From a thread to one of another block of its cluster.
+void happens_before_release_remote(SyncClock& clock, Fiber* fiber);
+void happens_before_acquire_remote(const SyncClock& clock, Fiber* fiber);
+
+// The cluster's barrier: every thread arrives, the phase ends, every thread has waited.
+void cluster_arrived(Cluster& cluster, Fiber* fiber);
+void cluster_phase_ended(Cluster& cluster);
+void cluster_waited(const Cluster& cluster, Fiber* fiber);
 
 // Synchronisation through memory.
 void release_store(Fiber* fiber, const void* address);
@@ -95,12 +112,18 @@ void race_start_block(Block& block);
 struct FiberRace {};
 struct BlockRace {};
 struct SyncClock {};
+struct ClusterClock {};
 inline void record_access(Fiber*, const void*, size_t, Access, Proxy = Proxy::kGeneric, Where = {}) {}
 inline void record_copy_issue(Fiber*, const void*, size_t, Proxy = Proxy::kGeneric, Where = {}) {}
 inline void happens_before_release(SyncClock&, Fiber*) {}
 inline void happens_before_acquire(const SyncClock&, Fiber*) {}
 inline void happens_before_join(Fiber* const*, int) {}
 inline void happens_before_barrier(Block&) {}
+inline void happens_before_release_remote(SyncClock&, Fiber*) {}
+inline void happens_before_acquire_remote(const SyncClock&, Fiber*) {}
+inline void cluster_arrived(Cluster&, Fiber*) {}
+inline void cluster_phase_ended(Cluster&) {}
+inline void cluster_waited(const Cluster&, Fiber*) {}
 inline void release_store(Fiber*, const void*) {}
 inline void acquire_load(Fiber*, const void*) {}
 inline void relaxed_store(Fiber*, const void*) {}

@@ -8,6 +8,7 @@
 #include <new>
 #include <thread>
 
+#include "emulator/cluster.h"
 #include "emulator/counters.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -213,9 +214,10 @@ void Scheduler::fiber_entry() {
 
 void Scheduler::prepare_blocks() {
   const size_t threads = launch_->threads();
-  resident_ = launch_->cooperative ? launch_->blocks() : std::max(1, launch_->options.resident);
+  resident_ = launch_->cooperative ? launch_->blocks() : std::max(1, launch_->options.resident) * launch_->cluster;
   resident_ = std::min<size_t>(resident_, launch_->blocks());
   while (blocks_.size() < resident_) blocks_.push_back(std::make_unique<Block>());
+  while (clusters_.size() < resident_ / launch_->cluster) clusters_.push_back(std::make_unique<Cluster>());
   size_t used = 0;
   for (size_t i = 0; i < resident_; i++) {
     Block& block = *blocks_[i];
@@ -235,6 +237,21 @@ void Scheduler::prepare_blocks() {
     }
   }
   queue_.reset(launch_->options, used);
+}
+
+void Scheduler::start_cluster(size_t slot, unsigned index) {
+  const unsigned size = launch_->cluster;
+  Cluster& cluster = *clusters_[slot];
+  cluster = Cluster{};
+  for (unsigned rank = 0; rank < size; rank++) {
+    Block& block = *blocks_[slot * size + rank];
+    block.cluster = &cluster;
+    block.rank = rank;
+    block.remote_uses.assign(size, RemoteUse{});
+    cluster.blocks.push_back(&block);
+  }
+  queue_.reseed(index + 1);  // a block's schedule depends on its index, not on the worker it lands on
+  for (unsigned rank = 0; rank < size; rank++) start_block(*cluster.blocks[rank], index * size + rank);
 }
 
 void Scheduler::start_block(Block& block, unsigned linear) {
@@ -265,7 +282,6 @@ void Scheduler::start_block(Block& block, unsigned linear) {
   block.warps.assign((block.threads + kWarpSize - 1) / kWarpSize, Warp{});
   block.bank_counter = launch_->options.bank_conflicts ? &start_bank_counter(block) : nullptr;
   race_start_block(block);
-  queue_.reseed(linear + 1);  // a block's schedule depends on its index, not on the worker it lands on
   for (int i = 0; i < block.threads; i++) {
     Fiber* fiber = block.fibers[i];
     fiber->block = &block;
@@ -282,6 +298,7 @@ void Scheduler::start_block(Block& block, unsigned linear) {
     fiber->copy_groups.clear();
     fiber->open_copies = 0;
     fiber->copy_interval.end();
+    fiber->cluster_arrivals = fiber->cluster_waits = 0;
     fiber->race = FiberRace{};
     block.warps[fiber->warp].alive |= 1u << fiber->lane;
     queue_.push(fiber);
@@ -306,6 +323,7 @@ void Scheduler::exit_thread(Fiber& fiber) {
   block.live--;
   block.warps[fiber.warp].alive &= ~(1u << fiber.lane);
   quiet_ = 0;
+  cluster_thread_exits(fiber);
   BlockBarrier& barrier = block.barrier;
   if (block.live > 0) {
     if (barrier.arrived > 0 && options().strict_exit) {
@@ -319,6 +337,7 @@ void Scheduler::exit_thread(Fiber& fiber) {
     }
     return;
   }
+  cluster_block_exits(block);
   if (!block.pending.empty()) fail("a block exits with asynchronous copies in flight", {});
   for (int id = 0; id < kNamedBarriers; id++) {
     if (block.named[id].arrived) {
@@ -331,8 +350,8 @@ void Scheduler::exit_thread(Fiber& fiber) {
 }
 
 // CUDA promises no order of blocks, so every schedule but forward changes it.
-unsigned Scheduler::block_at(unsigned position) const {
-  const unsigned total = launch_->blocks();
+unsigned Scheduler::cluster_at(unsigned position) const {
+  const unsigned total = launch_->clusters();
   switch (launch_->options.order) {
     case Order::kForward:
       return position;
@@ -352,11 +371,14 @@ unsigned Scheduler::block_at(unsigned position) const {
   return static_cast<unsigned>((uint64_t{stride} * position + (hash >> 32)) % total);
 }
 
-bool Scheduler::start_waiting_blocks() {
-  for (size_t i = 0; i < resident_; i++) {
-    if (blocks_[i]->live > 0) continue;
-    const unsigned position = launch_->next_block++;
-    if (position < launch_->blocks()) start_block(*blocks_[i], block_at(position));
+bool Scheduler::start_waiting_clusters() {
+  const unsigned size = launch_->cluster;
+  for (size_t slot = 0; slot < resident_ / size; slot++) {
+    bool free = true;
+    for (unsigned rank = 0; rank < size; rank++) free = free && blocks_[slot * size + rank]->live == 0;
+    if (!free) continue;
+    const unsigned position = launch_->next_cluster++;
+    if (position < launch_->clusters()) start_cluster(slot, cluster_at(position));
   }
   return running_ > 0;
 }
@@ -389,7 +411,7 @@ void Scheduler::run(Launch& launch) {
   current = &host_;
   try {
     prepare_blocks();
-    while (error_.empty() && !launch.stop && start_waiting_blocks()) {
+    while (error_.empty() && !launch.stop && start_waiting_clusters()) {
       if (Fiber* fiber = queue_.pop()) {
         switch_to(fiber);
       } else {
@@ -408,11 +430,11 @@ void Scheduler::run(Launch& launch) {
   }
 }
 
-// Who waits where, threads at the same place together; the first two unfinished blocks.
+// Who waits where, threads at the same place together; the first two unfinished blocks, or as many as a cluster has.
 std::string Scheduler::report() const {
   std::string text;
-  int shown = 0;
-  for (size_t i = 0; i < resident_ && shown < 2; i++) {
+  unsigned shown = 0;
+  for (size_t i = 0; i < resident_ && shown < std::max(2u, launch_->cluster); i++) {
     const Block& block = *blocks_[i];
     if (block.live == 0) continue;
     shown++;

@@ -18,18 +18,20 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool cooperative = false;
+  unsigned cluster = 1;
   void (*call)(void*) = nullptr;  // runs the kernel for the current fiber
   void* arguments = nullptr;
   Options options;
   int workers = 1;
 
-  std::atomic<unsigned> next_block{0};
+  std::atomic<unsigned> next_cluster{0};
   std::atomic<unsigned> finished_blocks{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::string error;  // the first
 
   unsigned blocks() const { return grid.x * grid.y * grid.z; }
+  unsigned clusters() const { return blocks() / cluster; }
   unsigned threads() const { return block.x * block.y * block.z; }
 };
 
@@ -88,19 +90,21 @@ class Scheduler {
  private:
   static void fiber_entry();
   void prepare_blocks();
+  void start_cluster(size_t slot, unsigned index);
   void start_block(Block& block, unsigned linear);
   void exit_thread(Fiber& fiber);
-  bool start_waiting_blocks();
+  bool start_waiting_clusters();
   void run_pending();
   void switch_to(Fiber* to);
-  unsigned block_at(unsigned position) const;
+  unsigned cluster_at(unsigned position) const;
   std::string report() const;
 
   Launch* launch_ = nullptr;
   Fiber host_;  // this OS thread's own stack: the loop in run()
   ReadyQueue queue_;
   std::vector<std::unique_ptr<Fiber>> fibers_;  // kept for later launches
-  std::vector<std::unique_ptr<Block>> blocks_;
+  std::vector<std::unique_ptr<Block>> blocks_;  // a cluster's one after another
+  std::vector<std::unique_ptr<Cluster>> clusters_;
   size_t resident_ = 0;  // blocks in use by this launch
   int running_ = 0;
   uint64_t quiet_ = 0;  // polls since anything changed

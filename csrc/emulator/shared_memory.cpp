@@ -27,7 +27,10 @@ void open_memory(char* address, size_t bytes) {
 }  // namespace
 
 char* shared_variable(const void* tag, size_t bytes, size_t align) {
-  Block& block = *current->block;
+  return shared_variable(*current->block, tag, bytes, align);
+}
+
+char* shared_variable(Block& block, const void* tag, size_t bytes, size_t align) {
   for (const SharedVariable& variable : block.variables) {
     if (variable.tag == tag) return variable.address;
   }
@@ -40,7 +43,7 @@ char* shared_variable(const void* tag, size_t bytes, size_t align) {
   }
   char* address = block.arena + block.static_start;
   open_memory(address, bytes);
-  block.variables.push_back({tag, address});
+  block.variables.push_back({tag, address, bytes, align});
   return address;
 }
 

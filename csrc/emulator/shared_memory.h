@@ -13,6 +13,7 @@ namespace emulator {
 
 // The block's variable that the tag stands for, made when the first thread asks.
 char* shared_variable(const void* tag, size_t bytes, size_t align);
+char* shared_variable(Block& block, const void* tag, size_t bytes, size_t align);
 
 // AddressSanitizer: opens [offset, offset + bytes) of the dynamic memory once; the rest stays poisoned.
 void carve(size_t offset, size_t bytes);

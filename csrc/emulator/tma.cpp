@@ -1,5 +1,7 @@
 #include "emulator/tma.h"
 
+#include "emulator/cluster.h"
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -88,14 +90,14 @@ void for_each_row(const Box& box, Visit visit) {
   }
 }
 
-void land(const Box& box, char* dst, Fiber* fiber) {
-  Block& block = *fiber->block;
+// Into the block's shared memory. `reads`: the tensor is read for this block, not for another of the cluster.
+void land(const Box& box, Block& block, char* dst, bool reads, Fiber* fiber) {
   const size_t base = dst - block.arena;
   std::vector<char> row_bytes(box.row_bytes);
   for_each_row(box, [&](const Row& row, size_t offset) {
     std::fill(row_bytes.begin(), row_bytes.end(), 0);
     if (row.inside) {
-      record_access(fiber, row.global, row.inside, Access::kRead);
+      if (reads) record_access(fiber, row.global, row.inside, Access::kRead);
       std::memcpy(row_bytes.data() + row.skipped, row.global, row.inside);
     }
     for (size_t piece = 0; piece < box.row_bytes; piece += kPiece) {
@@ -160,15 +162,6 @@ void add_bytes(Element element, char* dst, const char* src, size_t bytes, Fiber*
 void put_bytes(char* dst, const char* src, size_t bytes, Fiber* fiber) {
   record_access(fiber, dst, bytes, Access::kWrite);
   std::memcpy(dst, src, bytes);
-}
-
-// Runs the load now or leaves it for later. Loads complete in any order, so each draws for itself.
-void issue_load(std::function<void()> load) {
-  if (AsyncInterval().late()) {
-    current->block->pending.push_back(std::move(load));
-  } else {
-    load();
-  }
 }
 
 // A store in two steps, which the hardware also tells apart: reading shared memory, writing global memory.
@@ -247,10 +240,35 @@ void tma_load(void* dst, const TensorMap& map, Mbarrier* barrier, const int* sta
   check_shared(dst, box.bytes, 128, "tma_load", where);
   mbarrier_check_issue(barrier, "tma_load", where);
   counters().tma_load_bytes += box.bytes;
-  issue_load([box, dst, barrier, fiber = current] {
-    land(box, static_cast<char*>(dst), fiber);
+  issue_copy(*current->block, [box, dst, barrier, fiber = current] {
+    land(box, *fiber->block, static_cast<char*>(dst), true, fiber);
     mbarrier_complete_tx(*fiber->block, barrier, static_cast<uint32_t>(box.bytes), fiber);
   });
+}
+
+void tma_load_multicast(void* dst, const TensorMap& map, Mbarrier* barrier, const int* start, int rank, unsigned blocks,
+                        Where where) {
+  RuntimeScope scope;
+  const char* operation = "tma_load_multicast";
+  const Box box = make_box(map, start, rank, operation, where);
+  if (blocks == 0 || blocks >> current->block->cluster->blocks.size() != 0) {
+    fail(std::string(operation) + ": the mask names no block, or one that the cluster does not have", where);
+  }
+  bool reads = true;
+  for (uint32_t target = 0; blocks >> target != 0; target++) {
+    if (!(blocks >> target & 1)) continue;
+    const RemotePlace tile = remote_place(dst, target, operation, where);
+    const RemotePlace on = remote_place(barrier, target, operation, where);
+    check_remote(tile, box.bytes, 128, operation, where);
+    check_remote(on, sizeof(Mbarrier), alignof(Mbarrier), operation, where);
+    auto* remote = reinterpret_cast<Mbarrier*>(on.address);
+    mbarrier_check_issue(*on.owner, remote, operation, where);
+    issue_copy(*tile.owner, [box, tile, remote, reads, fiber = current] {
+      land(box, *tile.owner, tile.address, reads, fiber);
+      mbarrier_complete_tx(*tile.owner, remote, static_cast<uint32_t>(box.bytes), fiber);
+    });
+    reads = false;
+  }
 }
 
 void tma_store(const TensorMap& map, const void* src, const int* start, int rank, bool add, const char* operation,
@@ -302,7 +320,7 @@ void bulk_load(void* dst, const void* src, uint32_t bytes, Mbarrier* barrier, Wh
   RuntimeScope scope;
   check_bulk(dst, src, bytes, "bulk_load", where);
   mbarrier_check_issue(barrier, "bulk_load", where);
-  issue_load([=, fiber = current] {
+  issue_copy(*current->block, [=, fiber = current] {
     record_access(fiber, src, bytes, Access::kRead);
     record_access(fiber, dst, bytes, Access::kWrite, Proxy::kAsync);
     std::memcpy(dst, src, bytes);

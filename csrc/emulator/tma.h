@@ -48,6 +48,8 @@ namespace emulator {
 size_t swizzled(size_t address, int bytes);
 
 void tma_load(void* dst, const TensorMap& map, Mbarrier* barrier, const int* start, int rank, Where where);
+void tma_load_multicast(void* dst, const TensorMap& map, Mbarrier* barrier, const int* start, int rank, unsigned blocks,
+                        Where where);
 void tma_store(const TensorMap& map, const void* src, const int* start, int rank, bool add, const char* operation,
                Where where);
 void bulk_reduce_add(void* dst, const void* src, uint32_t bytes, Element element, Where where);
@@ -59,6 +61,12 @@ void bulk_wait(size_t groups, bool written);
 template <int kRank>
 void tma_load(void* dst, const TensorMap& map, Mbarrier* barrier, const int (&start)[kRank], BK_WHERE) {
   emulator::tma_load(dst, map, barrier, start, kRank, where);
+}
+
+template <int kRank>
+void tma_load_multicast(void* dst, const TensorMap& map, Mbarrier* barrier, const int (&start)[kRank], uint16_t blocks,
+                        BK_WHERE) {
+  emulator::tma_load_multicast(dst, map, barrier, start, kRank, blocks, where);
 }
 
 template <int kRank>

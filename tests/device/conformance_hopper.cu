@@ -58,6 +58,110 @@ __global__ void mbarrier_kernel(const char* in, char* out) {
   }
 }
 
+// ---- cluster.cuh
+
+constexpr int kClusterBlocks = 4;
+
+// The blocks of two clusters, each with its rank and its cluster's size.
+__global__ void cluster_rank_kernel(const char*, char* out) {
+  if (threadIdx.x == 0) as<uint2>(out)[blockIdx.x] = make_uint2(cluster_rank(), cluster_size());
+}
+
+// Every block shows the others its part of the input and takes, from each in turn, a part of that, backwards.
+template <class T>
+__global__ void ld_cluster_kernel(const char* in, char* out) {
+  SharedMemory memory;
+  T* dynamic = memory.take<T>(32);
+  BK_SHARED(T, fixed, [32]);
+  const int thread = threadIdx.x, from = (blockIdx.x * 32 + thread) * 2;
+  dynamic[thread] = as<T>(in)[from];
+  fixed[thread] = as<T>(in)[from + 1];
+  cluster_sync();
+  const uint32_t peer = (cluster_rank() + thread) % cluster_size();
+  as<T>(out)[from] = ld_cluster<T>(cluster_address(dynamic, peer) + (31 - thread) * sizeof(T));
+  as<T>(out)[from + 1] = ld_cluster<T>(cluster_address(&fixed[31 - thread], peer));
+  cluster_sync();
+}
+
+// Every block writes its part of the input, backwards, into the next block's memory. The first barrier's halves stand
+// apart.
+template <class T>
+__global__ void st_cluster_kernel(const char* in, char* out) {
+  BK_SHARED(T, slots, [32]);
+  const int thread = threadIdx.x;
+  cluster_arrive();
+  const T value = as<T>(in)[blockIdx.x * 32 + thread];
+  const uint32_t next = (cluster_rank() + 1) % cluster_size();
+  cluster_wait();
+  st_cluster(cluster_address(&slots[31 - thread], next), value);
+  cluster_sync();
+  as<T>(out)[blockIdx.x * 32 + thread] = slots[thread];
+}
+
+// The same asynchronously: the next block's mbarrier counts the bytes.
+template <class T>
+__global__ void st_async_kernel(const char* in, char* out) {
+  BK_SHARED(T, slots, [32]);
+  BK_SHARED(Mbarrier, landed, [1]);
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    mbarrier_init(landed, 1);
+    fence_barrier_init();
+    mbarrier_arrive_expect_tx(landed, 32 * sizeof(T));
+  }
+  cluster_sync();
+  const uint32_t next = (cluster_rank() + 1) % cluster_size();
+  st_async(&slots[31 - thread], as<T>(in)[blockIdx.x * 32 + thread], landed, next);
+  mbarrier_wait_cluster(landed, 0);
+  as<T>(out)[blockIdx.x * 32 + thread] = slots[thread];
+}
+
+// Each block hands the next five words of each of its lanes, one at a time, through one slot a lane.
+__global__ void mbarrier_arrive_cluster_kernel(const char* in, char* out) {
+  BK_SHARED(int, slot, [32]);
+  BK_SHARED(Mbarrier, full, [1]);
+  BK_SHARED(Mbarrier, empty, [1]);
+  const int lane = threadIdx.x % 32, blocks = gridDim.x;
+  const uint32_t next = (cluster_rank() + 1) % cluster_size();
+  const uint32_t previous = (cluster_rank() + cluster_size() - 1) % cluster_size();
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 32);
+    mbarrier_init(empty, 32);
+    fence_barrier_init();
+  }
+  cluster_sync();
+  for (int step = 0; step < 5; step++) {
+    const int at = (step * blocks + static_cast<int>(blockIdx.x)) * 32 + lane;
+    if (threadIdx.x < 32) {
+      mbarrier_wait_cluster(empty, (step & 1) ^ 1);
+      st_cluster(cluster_address(&slot[lane], next), as<int>(in)[at]);
+      mbarrier_arrive_cluster(full, next);
+    } else {
+      mbarrier_wait_cluster(full, step & 1);
+      as<int>(out)[at] = slot[31 - lane];
+      mbarrier_arrive_cluster(empty, previous);
+    }
+  }
+  cluster_sync();
+}
+
+template <auto kKernel, int kThreads, int kSharedBytes = 0>
+constexpr auto kClusterCase = launch_case<kKernel, kThreads, 2 * kClusterBlocks, kSharedBytes, false, kClusterBlocks>;
+
+// Clusters that run and ones that do not.
+int cluster_host_case(const Buffers& buffers) {
+  LaunchConfig config;
+  config.grid = dim3(6);
+  config.block = dim3(32);
+  config.cluster = 2;
+  const int fit = occupancy_clusters(cluster_rank_kernel, config);
+  config.cluster = 4;  // no divisor of the grid
+  const int refused = launch(cluster_rank_kernel, config, buffers.in, buffers.out);
+  if (fit < 1 || refused == 0) return 1;
+  config.grid = dim3(8);
+  return launch(cluster_rank_kernel, config, buffers.in, buffers.out);
+}
+
 // ---- tma.cuh
 
 constexpr int kBulkBytes = 1024;
@@ -154,8 +258,9 @@ __device__ void take_start(const TmaStart& start, int (&out)[kRank]) {
   for (int i = 0; i < kRank; i++) out[i] = start.at[i];
 }
 
-// The box as it lies in shared memory, which is first filled with 0xee bytes.
-template <int kRank>
+// The box as it lies in shared memory, which is first filled with 0xee bytes. With kMulticast the last of a cluster's
+// blocks loads for all but the first.
+template <int kRank, bool kMulticast>
 __global__ void tma_load_kernel(const __grid_constant__ TensorMap map, TmaStart where, int bytes, int tile_offset,
                                 char* out) {
   SharedMemory memory;
@@ -164,14 +269,26 @@ __global__ void tma_load_kernel(const __grid_constant__ TensorMap map, TmaStart 
   for (int i = threadIdx.x; i < bytes; i += blockDim.x) tile[i] = static_cast<char>(0xee);
   fence_proxy_async();
   start_barrier(barrier);
-  if (threadIdx.x == 0) {
-    prefetch_tensor_map(map);
-    int start[kRank];
-    take_start(where, start);
-    mbarrier_arrive_expect_tx(barrier, bytes);
-    tma_load(tile, map, barrier, start);
+  int start[kRank];
+  take_start(where, start);
+  if constexpr (kMulticast) {
+    const uint32_t blocks = cluster_size();
+    const bool receives = cluster_rank() > 0;
+    if (threadIdx.x == 0 && receives) mbarrier_arrive_expect_tx(barrier, bytes);
+    cluster_sync();
+    if (threadIdx.x == 0 && cluster_rank() == blocks - 1) {
+      tma_load_multicast(tile, map, barrier, start, static_cast<uint16_t>((1u << blocks) - 2));
+    }
+    if (receives) mbarrier_wait(barrier, 0);
+    out += int64_t{bytes} * blockIdx.x;
+  } else {
+    if (threadIdx.x == 0) {
+      prefetch_tensor_map(map);
+      mbarrier_arrive_expect_tx(barrier, bytes);
+      tma_load(tile, map, barrier, start);
+    }
+    mbarrier_wait(barrier, 0);
   }
-  mbarrier_wait(barrier, 0);
   for (int i = threadIdx.x; i < bytes; i += blockDim.x) out[i] = tile[i];
 }
 
@@ -205,8 +322,18 @@ TensorMap map_of(const TmaParameters& p, const void* global) {
 
 template <int kRank>
 int tma_load_rank(const TmaParameters& p, const Buffers& buffers, const LaunchConfig& config, const TmaStart& start) {
-  return launch(tma_load_kernel<kRank>, config, map_of(p, buffers.in + kTmaHeader), start, p.bytes, p.tile_offset,
-                buffers.out);
+  return launch(tma_load_kernel<kRank, false>, config, map_of(p, buffers.in + kTmaHeader), start, p.bytes,
+                p.tile_offset, buffers.out);
+}
+
+template <int kRank>
+int tma_load_multicast_rank(const TmaParameters& p, const Buffers& buffers, const LaunchConfig& config,
+                            const TmaStart& start) {
+  LaunchConfig clusters = config;
+  clusters.grid = dim3(kClusterBlocks);
+  clusters.cluster = kClusterBlocks;
+  return launch(tma_load_kernel<kRank, true>, clusters, map_of(p, buffers.in + kTmaHeader), start, p.bytes,
+                p.tile_offset, buffers.out);
 }
 
 template <int kRank>
@@ -239,6 +366,12 @@ int tma_case(const TmaRun (&by_rank)[5], const Buffers& buffers) {
 
 int tma_load_case(const Buffers& buffers) {
   return tma_case({tma_load_rank<1>, tma_load_rank<2>, tma_load_rank<3>, tma_load_rank<4>, tma_load_rank<5>}, buffers);
+}
+
+int tma_load_multicast_case(const Buffers& buffers) {
+  return tma_case({tma_load_multicast_rank<1>, tma_load_multicast_rank<2>, tma_load_multicast_rank<3>,
+                   tma_load_multicast_rank<4>, tma_load_multicast_rank<5>},
+                  buffers);
 }
 
 int tma_store_case(const Buffers& buffers) {
@@ -362,6 +495,18 @@ const conformance::Case kCases[] = {
     {"exp2_approx", launch_case<exp2_approx_kernel, 256>},
     {"mbarrier_wait", launch_case<mbarrier_kernel<false>, 64>},
     {"mbarrier_try_wait", launch_case<mbarrier_kernel<true>, 64>},
+    {"cluster_rank", kClusterCase<cluster_rank_kernel, 32>},
+    {"cluster_host", cluster_host_case},
+    {"ld_cluster_4", kClusterCase<ld_cluster_kernel<uint32_t>, 32, 32 * 4>},
+    {"ld_cluster_8", kClusterCase<ld_cluster_kernel<uint2>, 32, 32 * 8>},
+    {"ld_cluster_16", kClusterCase<ld_cluster_kernel<uint4>, 32, 32 * 16>},
+    {"st_cluster_4", kClusterCase<st_cluster_kernel<uint32_t>, 32>},
+    {"st_cluster_8", kClusterCase<st_cluster_kernel<uint2>, 32>},
+    {"st_cluster_16", kClusterCase<st_cluster_kernel<uint4>, 32>},
+    {"st_async_4", kClusterCase<st_async_kernel<uint32_t>, 32>},
+    {"st_async_8", kClusterCase<st_async_kernel<uint2>, 32>},
+    {"st_async_16", kClusterCase<st_async_kernel<uint4>, 32>},
+    {"mbarrier_arrive_cluster", kClusterCase<mbarrier_arrive_cluster_kernel, 64>},
     {"bulk_load", launch_case<bulk_load_kernel<false>, 64, 1, kBulkBytes + 16>},
     {"bulk_load_try_wait", launch_case<bulk_load_kernel<true>, 64, 1, kBulkBytes + 16>},
     {"bulk_store", launch_case<bulk_store_kernel, 64, 1, kBulkBytes>},
@@ -369,6 +514,7 @@ const conformance::Case kCases[] = {
     {"bulk_reduce_add_f16", launch_case<bulk_reduce_add_kernel<__half>, 64, 1, kBulkBytes>},
     {"bulk_reduce_add_bf16", launch_case<bulk_reduce_add_kernel<__nv_bfloat16>, 64, 1, kBulkBytes>},
     {"tma_load", tma_load_case},
+    {"tma_load_multicast", tma_load_multicast_case},
     {"tma_store", tma_store_case},
     {"tma_reduce_add", tma_reduce_add_case},
     {"wgmma_shape", wgmma_shape_case},

@@ -31,6 +31,17 @@ enum Fault {
   kPastTheEnd,
   kBarrierOverwritten,
   kNoEmptyWait,
+  kNoStart,
+  kNoReadBarrier,
+  kNoReuseBarrier,
+  kNoExitBarrier,
+  kExitUnwaited,
+  kArrivesTwice,
+  kBlockMissing,
+  kWrongBlock,
+  kDeadlock,
+  kBlockWait,
+  kNoTail,
 };
 
 constexpr int kBytes = 1024;
@@ -127,6 +138,86 @@ __global__ void registers_kernel(const char*, char* out) {
   as<int>(out)[threadIdx.x] = static_cast<int>(threadIdx.x);
 }
 
+// Two blocks show each other two words a thread, one after the other, in the same slot.
+template <Fault kFault>
+__global__ void cluster_kernel(const char* in, char* out) {
+  BK_SHARED(int, slot, [32]);
+  BK_SHARED(Mbarrier, never, [1]);
+  const int thread = threadIdx.x;
+  const uint32_t peer = kFault == kWrongBlock ? 2 : cluster_rank() ^ 1;
+  if (kFault == kDeadlock && thread == 0) mbarrier_init(never, 1);
+  __syncthreads();
+  for (int step = 0; step < 2; step++) {
+    const int at = (step * 2 + static_cast<int>(blockIdx.x)) * 32 + thread;
+    slot[thread] = as<int>(in)[at];
+    if (kFault == kDeadlock && blockIdx.x == 1) mbarrier_wait(never, 0);
+    if (kFault == kArrivesTwice) cluster_arrive();
+    if (kFault != kNoStart && (kFault != kNoReadBarrier || step == 0)) cluster_sync();
+    as<int>(out)[at] = ld_cluster<int>(cluster_address(&slot[31 - thread], peer));
+    if (step == 0) {
+      if (kFault != kNoReuseBarrier) cluster_sync();
+    } else if (kFault == kExitUnwaited) {
+      cluster_arrive();
+    } else if (kFault != kNoExitBarrier && (kFault != kBlockMissing || blockIdx.x == 0)) {
+      cluster_sync();
+    }
+  }
+}
+
+// Block 0 hands block 1 four words a thread through mbarriers.
+template <Fault kFault>
+__global__ void signal_kernel(const char* in, char* out) {
+  BK_SHARED(int, slot, [32]);
+  BK_SHARED(Mbarrier, full, [1]);
+  BK_SHARED(Mbarrier, empty, [1]);
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    mbarrier_init(full, 32);
+    mbarrier_init(empty, 32);
+    fence_barrier_init();
+  }
+  cluster_sync();
+  for (int step = 0; step < 4; step++) {
+    if (blockIdx.x == 0) {
+      mbarrier_wait_cluster(empty, (step & 1) ^ 1);
+      st_cluster(cluster_address(&slot[thread], 1), as<int>(in)[step * 32 + thread]);
+      mbarrier_arrive_cluster(full, 1);
+    } else {
+      if (kFault == kBlockWait) {
+        mbarrier_wait(full, step & 1);
+      } else if (kFault != kNoWait) {
+        mbarrier_wait_cluster(full, step & 1);
+      }
+      as<int>(out)[step * 32 + thread] = slot[31 - thread];
+      mbarrier_arrive_cluster(empty, 0);
+    }
+  }
+  if (kFault != kNoTail) cluster_sync();
+}
+
+// Each of two blocks sends the other a word a thread.
+template <Fault kFault>
+__global__ void send_kernel(const char* in, char* out) {
+  BK_SHARED(int, slot, [32]);
+  BK_SHARED(Mbarrier, landed, [1]);
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    mbarrier_init(landed, 1);
+    if (kFault != kNoBarrierFence) fence_barrier_init();
+    mbarrier_arrive_expect_tx(landed, kFault == kTooManyBytes ? 132 : 128);
+  }
+  cluster_sync();
+  st_async(&slot[31 - thread], as<int>(in)[blockIdx.x * 32 + thread], landed, cluster_rank() ^ 1);
+  if (kFault != kNoWait) mbarrier_wait_cluster(landed, 0);
+  as<int>(out)[blockIdx.x * 32 + thread] = slot[thread];
+}
+
+template <Fault kFault>
+constexpr auto kCluster = launch_case<cluster_kernel<kFault>, 32, 2, 0, false, 2>;
+template <Fault kFault>
+constexpr auto kSignal = launch_case<signal_kernel<kFault>, 32, 2, 0, false, 2>;
+template <Fault kFault>
+constexpr auto kSend = launch_case<send_kernel<kFault>, 32, 2, 0, false, 2>;
 template <Fault kFault>
 constexpr auto kLoad = launch_case<load_kernel<kFault>, 64, 1, kBytes + 64>;
 template <Fault kFault>
@@ -163,6 +254,24 @@ const conformance::Case kCases[] = {
     {"registers_none_left", kRegisters<kNoRegisters>},
     {"registers_raise_downwards", kRegisters<kRaiseDownwards>},
     {"registers_warp_missing", kRegisters<kWarpMissing>},
+    {"cluster", kCluster<kNone>},
+    {"cluster_no_start", kCluster<kNoStart>},
+    {"cluster_no_read_barrier", kCluster<kNoReadBarrier>},
+    {"cluster_no_reuse_barrier", kCluster<kNoReuseBarrier>},
+    {"cluster_no_exit_barrier", kCluster<kNoExitBarrier>},
+    {"cluster_exit_unwaited", kCluster<kExitUnwaited>},
+    {"cluster_arrives_twice", kCluster<kArrivesTwice>},
+    {"cluster_block_missing", kCluster<kBlockMissing>},
+    {"cluster_wrong_block", kCluster<kWrongBlock>},
+    {"cluster_deadlock", kCluster<kDeadlock>},
+    {"signal", kSignal<kNone>},
+    {"signal_no_wait", kSignal<kNoWait>},
+    {"signal_block_wait", kSignal<kBlockWait>},
+    {"signal_no_tail", kSignal<kNoTail>},
+    {"send", kSend<kNone>},
+    {"send_no_wait", kSend<kNoWait>},
+    {"send_no_barrier_fence", kSend<kNoBarrierFence>},
+    {"send_too_many_bytes", kSend<kTooManyBytes>},
 };
 
 }  // namespace

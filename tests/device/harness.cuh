@@ -73,13 +73,15 @@ inline int run(const Case* cases, size_t count, const char* name, const void* in
 
 using Kernel = void (*)(const char*, char*);
 
-template <Kernel kKernel, int kThreads, int kBlocks = 1, int kSharedBytes = 0, bool kCooperative = false>
+template <Kernel kKernel, int kThreads, int kBlocks = 1, int kSharedBytes = 0, bool kCooperative = false,
+          unsigned kCluster = 1>
 int launch_case(const Buffers& buffers) {
   bigkern::LaunchConfig config;
   config.grid = dim3(kBlocks);
   config.block = dim3(kThreads);
   config.shared_bytes = kSharedBytes;
   config.cooperative = kCooperative;
+  config.cluster = kCluster;
   return bigkern::launch(kKernel, config, buffers.in, buffers.out);
 }
 

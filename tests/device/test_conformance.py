@@ -91,6 +91,7 @@ def check(case: Case, kernels: Kernels) -> None:
         case.check(kernels)
         return
     before = kernels.control.options()
+    kernels.control.set_options(compute_capability=90)
     for schedule in case.schedules:
         kernels.control.set_options(**schedule)
         case.check(kernels)
@@ -347,6 +348,24 @@ def small_hopper_cases():
     yield Case("bulk_reduce_add_bf16", new, to_bf16(from_bf16(old) + from_bf16(new)), out=old)
 
 
+def cluster_cases():
+    ranks = np.stack([np.arange(8) % 4, np.full(8, 4)], axis=1).astype(np.uint32)
+    yield Case("cluster_rank", np.zeros(1, np.uint8), ranks)
+    yield Case("cluster_host", np.zeros(1, np.uint8), ranks)
+    block, lane = np.arange(8)[:, None], np.arange(32)
+    first = block // 4 * 4  # of the cluster
+    for words_each in (1, 2, 4):
+        size = 4 * words_each
+        data = words(8 * 32 * 2 * words_each).reshape(8, 32, 2, words_each)
+        yield Case(f"ld_cluster_{size}", data, data[first + (block + lane) % 4, 31 - lane])
+        data = words(8 * 32 * words_each).reshape(8, 32, words_each)
+        handed = data[first + (block - 1) % 4, 31 - lane]
+        yield Case(f"st_cluster_{size}", data, handed)
+        yield Case(f"st_async_{size}", data, handed)
+    data = words(5 * 8 * 32).reshape(5, 8, 32)
+    yield Case("mbarrier_arrive_cluster", data, np.ascontiguousarray(data[:, first + (block - 1) % 4, 31 - lane]))
+
+
 @dataclass
 class Transfer:
     """A box of a tensor, dimension 0 innermost."""
@@ -448,6 +467,13 @@ def tma_load_case(transfer: Transfer) -> Case:
     return Case("tma_load", given, tile, note=transfer_note(transfer))
 
 
+def tma_load_multicast_case(transfer: Transfer) -> Case:
+    """Four blocks' tiles; the first is left as it was filled."""
+    case = tma_load_case(transfer)
+    tiles = np.stack([np.full_like(case.expected, 0xEE), *[case.expected] * 3])
+    return Case("tma_load_multicast", case.given, tiles, note=case.note, schedules=SCHEDULES[::2])
+
+
 def tma_store_case(transfer: Transfer) -> Case:
     before, tile = words(transfer.tensor_bytes, np.uint8), words(transfer.bytes, np.uint8)
     tensor = before.copy()
@@ -534,7 +560,9 @@ def pipelined_case() -> Case:
 
 HOPPER_CASES = [
     *small_hopper_cases(),
+    *cluster_cases(),
     *map(tma_load_case, TRANSFERS),
+    *map(tma_load_multicast_case, [t for t in TRANSFERS if not t.element_strides]),
     *map(tma_store_case, TRANSFERS),
     *map(tma_reduce_add_case, [t for t in TRANSFERS if not t.element_strides]),
     *wgmma_cases(),

@@ -13,6 +13,7 @@ constexpr bool kHopper = false;
 
 }  // namespace bigkern
 
+#include "device/cuda/cluster.cuh"
 #include "device/cuda/mbarrier.cuh"
 #include "device/cuda/tma.cuh"
 #include "device/cuda/wgmma.cuh"

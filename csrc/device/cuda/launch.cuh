@@ -26,23 +26,44 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 }  // namespace detail
 
+namespace detail {
+
+// A LaunchConfig as the runtime takes it.
+struct RuntimeConfig {
+  explicit RuntimeConfig(const LaunchConfig& config) {
+    cudaLaunchAttribute* next = attributes;
+    if (config.cooperative) {
+      next->id = cudaLaunchAttributeCooperative;
+      next++->val.cooperative = 1;
+    }
+    if (config.cluster > 1) {
+      next->id = cudaLaunchAttributeClusterDimension;
+      next++->val.clusterDim = {config.cluster, 1, 1};
+    }
+    runtime.gridDim = config.grid;
+    runtime.blockDim = config.block;
+    runtime.dynamicSmemBytes = config.shared_bytes;
+    runtime.stream = static_cast<cudaStream_t>(config.stream);
+    runtime.attrs = attributes;
+    runtime.numAttrs = static_cast<unsigned>(next - attributes);
+  }
+  RuntimeConfig(const RuntimeConfig&) = delete;
+  RuntimeConfig& operator=(const RuntimeConfig&) = delete;
+
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t runtime = {};
+};
+
+}  // namespace detail
+
 // Returns 0, or an error code for error_string. The error is the caller's to report: it does not stay behind as
 // the runtime's last error, where an unrelated check would find it.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), const LaunchConfig& config, Args... args) {
   cudaError_t status = detail::allow_shared_bytes(reinterpret_cast<const void*>(kernel), config.shared_bytes);
   if (status == cudaSuccess) {
-    cudaLaunchAttribute cooperative{};
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-    cudaLaunchConfig_t runtime{};
-    runtime.gridDim = config.grid;
-    runtime.blockDim = config.block;
-    runtime.dynamicSmemBytes = config.shared_bytes;
-    runtime.stream = static_cast<cudaStream_t>(config.stream);
-    runtime.attrs = &cooperative;
-    runtime.numAttrs = config.cooperative ? 1 : 0;
-    status = cudaLaunchKernelEx(&runtime, kernel, static_cast<Params>(args)...);
+    const detail::RuntimeConfig attributed(config);
+    status = cudaLaunchKernelEx(&attributed.runtime, kernel, static_cast<Params>(args)...);
   }
   const cudaError_t last = cudaGetLastError();
   return status != cudaSuccess ? status : last;
@@ -79,6 +100,20 @@ int occupancy(void (*kernel)(Params...), int threads, size_t shared_bytes) {
     return 0;
   }
   return blocks;
+}
+
+// Clusters of the configuration that fit the GPU at once; 0 when the kernel cannot run.
+template <class... Params>
+int occupancy_clusters(void (*kernel)(Params...), const LaunchConfig& config) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const detail::RuntimeConfig attributed(config);
+  int clusters = 0;
+  if (detail::allow_shared_bytes(function, config.shared_bytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&clusters, function, &attributed.runtime) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return clusters;
 }
 
 }  // namespace bigkern

@@ -61,32 +61,59 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+namespace detail {
+
+template <bool kMulticast, int kRank>
+__device__ __forceinline__ void tma_read(void* dst, const TensorMap& map, Mbarrier* barrier, const int (&start)[kRank],
+                                         uint16_t blocks) {
+  static_assert(kRank >= 1 && kRank <= 5, "tma_load, tma_load_multicast: rank 1 to 5");
+  const uint32_t to = shared_address(dst), on = shared_address(barrier);
+#define BK_READ(rank, coordinates, ...)                                                                         \
+  if constexpr (kMulticast) {                                                                                   \
+    asm volatile(                                                                                               \
+        "cp.async.bulk.tensor." rank                                                                            \
+        ".shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {" coordinates \
+        "}], [%2], %3;" ::"r"(to),                                                                              \
+        "l"(&map), "r"(on), "h"(blocks), __VA_ARGS__                                                            \
+        : "memory");                                                                                            \
+  } else {                                                                                                      \
+    asm volatile("cp.async.bulk.tensor." rank                                                                   \
+                 ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {" coordinates           \
+                 "}], [%2];" ::"r"(to),                                                                         \
+                 "l"(&map), "r"(on), "h"(blocks), __VA_ARGS__                                                   \
+                 : "memory");                                                                                   \
+  }
+  if constexpr (kRank == 1) {
+    BK_READ("1d", "%4", "r"(start[0]));
+  } else if constexpr (kRank == 2) {
+    BK_READ("2d", "%4, %5", "r"(start[0]), "r"(start[1]));
+  } else if constexpr (kRank == 3) {
+    BK_READ("3d", "%4, %5, %6", "r"(start[0]), "r"(start[1]), "r"(start[2]));
+  } else if constexpr (kRank == 4) {
+    BK_READ("4d", "%4, %5, %6, %7", "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]));
+  } else {
+    BK_READ("5d", "%4, %5, %6, %7, %8", "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]), "r"(start[4]));
+  }
+#undef BK_READ
+}
+
+}  // namespace detail
+
 // Copies the box at start (elements, dimension 0 first; it may be negative) to dst, rows packed one after another,
 // zeros where it leaves the tensor, and counts the whole box's bytes on barrier. dst is a multiple of 128.
 //   tma_load(dst, map, barrier, {column, row});
 template <int kRank>
 __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, Mbarrier* barrier,
                                          const int (&start)[kRank]) {
-  static_assert(kRank >= 1 && kRank <= 5, "tma_load: rank 1 to 5");
-  const uint32_t to = shared_address(dst), on = shared_address(barrier);
-#define BK_LOAD(rank, coordinates, ...)                                                             \
-  asm volatile("cp.async.bulk.tensor." rank                                                         \
-               ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {" coordinates \
-               "}], [%2];" ::"r"(to),                                                               \
-               "l"(&map), "r"(on), __VA_ARGS__                                                      \
-               : "memory")
-  if constexpr (kRank == 1) {
-    BK_LOAD("1d", "%3", "r"(start[0]));
-  } else if constexpr (kRank == 2) {
-    BK_LOAD("2d", "%3, %4", "r"(start[0]), "r"(start[1]));
-  } else if constexpr (kRank == 3) {
-    BK_LOAD("3d", "%3, %4, %5", "r"(start[0]), "r"(start[1]), "r"(start[2]));
-  } else if constexpr (kRank == 4) {
-    BK_LOAD("4d", "%3, %4, %5, %6", "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]));
-  } else {
-    BK_LOAD("5d", "%3, %4, %5, %6, %7", "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]), "r"(start[4]));
-  }
-#undef BK_LOAD
+  detail::tma_read<false>(dst, map, barrier, start, 0);
+}
+
+// The same to every block of the cluster whose rank's bit is set in blocks, each at the place that dst and barrier have
+// in it: L2 is read once.
+template <int kRank>
+__device__ __forceinline__ void tma_load_multicast(void* dst, const TensorMap& map, Mbarrier* barrier,
+                                                   const int (&start)[kRank], uint16_t blocks) {
+  detail::tma_read<true>(dst, map, barrier, start, blocks);
 }
 
 namespace detail {
