@@ -76,7 +76,7 @@ int run_grid(Resident resident, size_t resident_bytes, Streamed streamed, size_t
   int64_t wave = 0;
   if (shape.variant != RnnVariant::kStep) {
     wave = resident_groups(resident, shape, kRnnUnits<T>, resident_bytes);
-    if (wave == 0 && shape.variant == RnnVariant::kGrid) return kRnnVariantDoesNotFit;
+    if (wave == 0 && shape.variant != RnnVariant::kAuto) return kRnnVariantDoesNotFit;
   }
   RnnExchange<T> exchange{};
   int code = start_exchange(shape, size, forward, wave > 0, stream, allocate, exchange);
