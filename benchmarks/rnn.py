@@ -6,14 +6,19 @@ is what the kernels add to two matrix products.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
+import bigkern
 from benchmarks.measure import Candidate, Problem, Refused, compile_candidate, eager_candidate
 from benchmarks.static import KernelPlan
 from bigkern.ops._case import Case, Inputs, Outputs
+from bigkern.ops.rnn import _cuda
 from bigkern.ops.rnn._cases import FUNCTIONS as MODES
 from bigkern.ops.rnn._cases import make_case
 from bigkern.ops.rnn._schema import CELLS, GATES, SAVED
@@ -72,7 +77,7 @@ def problems(functions: tuple[str, ...], shapes: list[tuple[int, ...]], dtypes: 
     """Every combination.  A shape is (steps, batch, features, hidden)."""
     return [
         Problem(
-            case=make_case(function, *shape),
+            case=make_case(function, *shape, initial=0.0),  # as where none is given
             shape="x".join(map(str, shape)),
             dtype=dtype,
             bytes=count_bytes(function, *shape, dtype.itemsize),
@@ -109,8 +114,31 @@ def count_flops(function: str, steps: int, batch: int, features: int, hidden: in
 
 
 def peers() -> dict[str, Callable[[], Candidate]]:
-    """Name -> maker; a maker raises ImportError where its package is not installed.  "torch" is cuDNN on a GPU."""
-    return {"torch": eager_candidate, "torch.compile": _compiled, "flashrnn": _flashrnn, "haste": _haste}
+    """Name -> maker; a maker raises ImportError where its package is not installed.  "torch" is cuDNN on a GPU; "flags"
+    is our own CUDA grid without tags (csrc/kernels/rnn_grid.cuh), whatever the width.
+    """
+    return {
+        "torch": eager_candidate,
+        "torch.compile": _compiled,
+        "flags": _flags,
+        "flashrnn": _flashrnn,
+        "haste": _haste,
+    }
+
+
+def _flags() -> Candidate:
+    """Beside "bigkern cuda" it says what tags are worth: there a 16-bit grid takes them wherever it may."""
+    cuda = bigkern.backends()["cuda"]
+    if not cuda.available:
+        raise ImportError(cuda.reason)
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        forward = functools.partial(_cuda.forward, variant="flags")
+        with bigkern.use_backend("cuda"), mock.patch.object(_cuda, "forward", forward):
+            yield
+
+    return Candidate("bigkern cuda, flags", lambda case: case.call, context=context)
 
 
 def _compiled() -> Candidate:

@@ -12,7 +12,7 @@
 // Three ways to run, in the order they are chosen; all share the cells, the row and time arithmetic and the products:
 //   block (rnn_block.cuh): 16-bit, H <= 128. One block for eight sequences; no exchange.
 //   grid (rnn_grid.cuh): a block for 16 units (fp32: 8) of eight sequences, weights on chip, one cooperative launch for
-//     all steps; h is exchanged through L2. Fits where all blocks of a group are resident at once and the weights fit:
+//     all steps; h is exchanged through L2, with tags in its elements or flags beside them. Fits where all blocks of a group are resident at once and the weights fit:
 //     16-bit LSTM to H = 2048, fp32 to about 1024 on an H100. More sequences than are resident run in waves.
 //   step (rnn_grid.cuh, streamed weights): one launch a step; any H.
 //
@@ -76,7 +76,7 @@ int run_grid(Resident resident, size_t resident_bytes, Streamed streamed, size_t
   int64_t wave = 0;
   if (shape.variant != RnnVariant::kStep) {
     wave = resident_groups(resident, shape, kRnnUnits<T>, resident_bytes);
-    if (wave == 0 && shape.variant == RnnVariant::kGrid) return kRnnVariantDoesNotFit;
+    if (wave == 0 && shape.variant != RnnVariant::kAuto) return kRnnVariantDoesNotFit;
   }
   RnnExchange<T> exchange{};
   int code = start_exchange(shape, size, forward, wave > 0, stream, allocate, exchange);

@@ -14,8 +14,9 @@ namespace bigkern {
 enum class RnnCell { kTanh, kRelu, kLstm, kGru };
 
 // kBlock: one block for eight sequences, H to 128, 16-bit types. kGrid: blocks that hold the weights for all steps and
-// exchange h. kStep: a launch for each step. kAuto: the first of these that fits.
-enum class RnnVariant { kAuto, kBlock, kGrid, kStep };
+// exchange h. kStep: a launch for each step. kAuto: the first of these that fits. kFlags: as kGrid, but what is
+// exchanged never carries tags (rnn_grid.cuh), for comparison.
+enum class RnnVariant { kAuto, kBlock, kGrid, kStep, kFlags };
 
 constexpr int rnn_gates(RnnCell cell) {
   return cell == RnnCell::kLstm ? 4 : cell == RnnCell::kGru ? 3 : 1;

@@ -1,6 +1,7 @@
 // The cells: what one step does to one (unit, sequence) pair, in fp32.
 //
-// forward: x is the projected input, a = W_hh h; h and c are replaced. backward: dh is the gradient of the new h, dc
+// forward: x is the projected input, a = W_hh h; h and c are replaced; is_bounded says that no new |h| exceeds 1 or, if
+// that is more, the old one. backward: dh is the gradient of the new h, dc
 // that of the new c and then of the old one; grad goes to the projected input, hidden to W h (the same but for GRU's n,
 // whose W h + b_hn is multiplied by r), and bypass is what of dh reaches the old h without W_hh.
 #pragma once
@@ -24,6 +25,8 @@ struct VanillaCell {
 
   __device__ explicit VanillaCell(RnnCell cell) : relu(cell == RnnCell::kRelu) {}
 
+  __device__ __forceinline__ bool is_bounded() const { return !relu; }
+
   __device__ __forceinline__ void forward(const float (&x)[1], const float (&a)[1], float, float& h, float&,
                                           float (&)[1]) const {
     const float sum = x[0] + a[0];
@@ -42,6 +45,8 @@ struct LstmCell {
   static constexpr int kGates = 4, kSaved = 5;
 
   __device__ explicit LstmCell(RnnCell) {}
+
+  __device__ __forceinline__ bool is_bounded() const { return true; }
 
   __device__ __forceinline__ void forward(const float (&x)[4], const float (&a)[4], float, float& h, float& c,
                                           float (&saved)[5]) const {
@@ -75,9 +80,12 @@ struct GruCell {
 
   __device__ explicit GruCell(RnnCell) {}
 
+  __device__ __forceinline__ bool is_bounded() const { return true; }
+
   __device__ __forceinline__ void forward(const float (&x)[3], const float (&a)[3], float bias_hn, float& h, float&,
                                           float (&saved)[4]) const {
-    const float r = sigmoid<T>(x[0] + a[0]), z = sigmoid<T>(x[1] + a[1]);
+    // The fast division may err upwards, and h is a mean only where z is no more than 1.
+    const float r = sigmoid<T>(x[0] + a[0]), z = fminf(sigmoid<T>(x[1] + a[1]), 1.0f);
     const float inner = a[2] + bias_hn;
     const float n = tanhf(x[2] + r * inner);
     h = (1.0f - z) * n + z * h;

@@ -83,6 +83,33 @@ __device__ __forceinline__ void multiply_block(float (&d)[4], const RnnFragment&
   mma(T{}, d, a1, b1);
 }
 
+// Tagged states: 16-bit values below 2 in size leave the highest bit of their exponent, bit 14, to the tag. NaN stands
+// as the largest of them, which is no state: see states_take_tags in rnn_grid.cuh.
+constexpr uint32_t kRnnTagBits = 0x40004000u;
+
+// The tag of state number s: as two buffers alternate, the parity of the buffer's use.
+__device__ __forceinline__ uint32_t rnn_tag(int state) {
+  return (state & 2) != 0 ? kRnnTagBits : 0u;
+}
+
+__device__ __forceinline__ uint16_t with_tag(uint16_t bits, uint32_t tag) {
+  return static_cast<uint16_t>((bits & ~kRnnTagBits) | (tag & 0x4000u));
+}
+
+// Two states without their tags: adding one carries into bit 14 just where NaN stands.
+__device__ __forceinline__ uint32_t without_tags(uint32_t word) {
+  return (word & ~kRnnTagBits) | (((word & 0x3fff3fffu) + 0x00010001u) & kRnnTagBits);
+}
+
+// Eight states of which those not yet written still bear the other tag; reads again until none does.
+template <class T>
+__device__ __forceinline__ uint4 await_states(uint4 found, const T* states, uint32_t tag) {
+  while ((((found.x ^ tag) | (found.y ^ tag) | (found.z ^ tag) | (found.w ^ tag)) & kRnnTagBits) != 0) {
+    found = ld_relaxed(reinterpret_cast<const uint4*>(states));
+  }
+  return make_uint4(without_tags(found.x), without_tags(found.y), without_tags(found.z), without_tags(found.w));
+}
+
 template <class T, int kGates, int kHalfTiles>
 __device__ __forceinline__ RnnFragment load_fragment(const RnnWeights<T, kGates>& weights, int tile, int k_block) {
   const int lane = threadIdx.x % 32, row = lane / 4, k = k_block * kRnnBlockK + lane % 4 * 8;
@@ -148,10 +175,42 @@ class ResidentProduct {
 
   // states: [8][pitch], what other blocks have written since the kernel began.
   __device__ __forceinline__ void multiply(const T* states, int pitch, float* partial) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const T* mine = states + static_cast<int64_t>(lane / 4) * pitch + run_.first * kRnnBlockK + lane % 4 * 8;
+    multiply_states<false>(states, pitch, partial, 0, 0);
+  }
+
+  // states: [8][pitch], what other blocks are writing now with this tag. Of this lane's sequence, lane / 4, they write
+  // the first `exchanged`.
+  __device__ __forceinline__ void multiply_tagged(const T* states, int pitch, float* partial, uint32_t tag,
+                                                  int exchanged) const {
+    multiply_states<true>(states, pitch, partial, tag, exchanged);
+  }
+
+  __device__ __forceinline__ static void store_partial(const float (&sums)[kTiles][4], float* part) {
+    const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++) {
+      *reinterpret_cast<float2*>(part + partial_index(2 * tile, row, column)) =
+          make_float2(sums[tile][0], sums[tile][1]);
+      *reinterpret_cast<float2*>(part + partial_index(2 * tile + 1, row, column)) =
+          make_float2(sums[tile][2], sums[tile][3]);
+    }
+  }
+
+ private:
+  template <bool kTagged>
+  __device__ __forceinline__ void multiply_states(const T* states, int pitch, float* partial, uint32_t tag,
+                                                  int exchanged) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_k = run_.first * kRnnBlockK + lane % 4 * 8;
+    const T* mine = states + static_cast<int64_t>(lane / 4) * pitch + first_k;
+    const int count = kTagged ? min(run_.count, ceil_div(max(exchanged - first_k, 0), kRnnBlockK)) : run_.count;
     const auto load = [&](int i) {
-      return i < run_.count ? __ldcg(reinterpret_cast<const uint4*>(mine + i * kRnnBlockK)) : make_uint4(0, 0, 0, 0);
+      const uint4* p = reinterpret_cast<const uint4*>(mine + i * kRnnBlockK);
+      if constexpr (kTagged) return i < count ? ld_relaxed(p) : make_uint4(tag, tag, tag, tag);
+      return i < count ? __ldcg(p) : make_uint4(0, 0, 0, 0);
+    };
+    const auto arrived = [&](const uint4& found, int i) {
+      if constexpr (kTagged) return await_states(found, mine + i * kRnnBlockK, tag);
+      return found;
     };
     uint4 first[kHeld], next[kAhead];
 #pragma unroll
@@ -159,6 +218,9 @@ class ResidentProduct {
 #pragma unroll
     for (int i = 0; i < kAhead; i++) next[i] = load(kHeld + i);
     float sums[kTiles][4] = {};
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) first[i] = arrived(first[i], i);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kHeld; i++) {
       if (i < run_.count) {
@@ -174,6 +236,9 @@ class ResidentProduct {
         now[i] = next[i];
         next[i] = load(base + kAhead + i);
       }
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) now[i] = arrived(now[i], base + i);
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
         if (base + i < run_.count) {
@@ -191,18 +256,6 @@ class ResidentProduct {
     store_partial(sums, partial + warp * kHalfTiles * 64);
   }
 
-  __device__ __forceinline__ static void store_partial(const float (&sums)[kTiles][4], float* part) {
-    const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++) {
-      *reinterpret_cast<float2*>(part + partial_index(2 * tile, row, column)) =
-          make_float2(sums[tile][0], sums[tile][1]);
-      *reinterpret_cast<float2*>(part + partial_index(2 * tile + 1, row, column)) =
-          make_float2(sums[tile][2], sums[tile][3]);
-    }
-  }
-
- private:
   __device__ __forceinline__ static void store_words(uint4* slot, const uint4& value) { *slot = value; }
 
   RnnRun run_;

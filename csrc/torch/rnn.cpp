@@ -51,7 +51,7 @@ RnnShape make_shape(const char* op, const Shapes& shapes, int64_t rows, const Te
                     const std::optional<Tensor>& offsets, const std::optional<Tensor>& lengths, int64_t cell,
                     int64_t variant) {
   if (cell < 0 || cell > 3) refuse(op, ": cell is ", cell, "; expected 0 to 3, an index of _schema.CELLS");
-  if (variant < 0 || variant > 3) refuse(op, ": variant is ", variant, "; expected 0 to 3, of _schema.VARIANTS");
+  if (variant < 0 || variant > 4) refuse(op, ": variant is ", variant, "; expected 0 to 4, of _schema.VARIANTS");
   if (h0.dim() != 3) refuse(op, ": h0 is ", binding::describe(h0), "; expected three dimensions");
   RnnShape shape{};
   shape.cell = static_cast<RnnCell>(cell);

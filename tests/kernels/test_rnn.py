@@ -215,6 +215,63 @@ def test_missing_gradients_and_saved_values(cell, device):
                 torch.testing.assert_close(mine, truth, rtol=5e-3, atol=5e-3)
 
 
+def tagged(arguments, largest=1.9):
+    """Arguments whose states pass between blocks with tags: every |h0| below 2."""
+    return {**arguments, "h0": arguments["h0"].clamp(-largest, largest)}
+
+
+def bits(tensors):
+    return [tensor.view(torch.int16) for tensor in tensors]
+
+
+@pytest.mark.parametrize("cell", [0, 2, 3], ids=["RNN_TANH", "LSTM", "GRU"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(steps=6, batch=11, hidden=37),
+        dict(lengths=[7, 5, 5, 3, 2, 2, 2, 1, 1], hidden=33, directions=2),
+        dict(steps=300, batch=1, hidden=20),
+        *pick([dict(steps=4, batch=8, hidden=48, directions=2)], []),
+    ],
+    ids=str,
+)
+def test_tags_carry_what_flags_guard(cell, shape, device, request):
+    """Bit for bit: with h0 below 2, at the edges, beyond, where flags are taken after all, and with NaN on the way."""
+    dtype = [BF16, F16][cell == 2]
+    arguments = tagged(inputs(cell, dtype, device, **shape))
+    edge = torch.tensor(1.9921875 if dtype == BF16 else 1.9990234375)  # the last below 2, which stands for NaN
+    starts = {
+        "below": arguments["h0"],
+        "none": torch.zeros_like(arguments["h0"]),
+        "edge": arguments["h0"].index_fill(2, torch.tensor([3], device=device), edge.item()),
+        "beyond": arguments["h0"].index_fill(2, torch.tensor([16], device=device), -2.0),
+        "infinite": arguments["h0"].index_fill(2, torch.tensor([1], device=device), float("-inf")),
+    }
+    broken = arguments["gates"].clone()
+    broken[1, 2] = float("nan")  # one unit of the second sequence
+    for start in pick(list(starts), ["below", "edge", "beyond"]):
+        for gates in (arguments["gates"], broken):
+            given = {**arguments, "h0": starts[start], "gates": gates}
+            found, expected = (_cuda.forward(**given, save=True, variant=variant) for variant in ("grid", "flags"))
+            assert all(map(torch.equal, bits(found), bits(expected))), start
+
+
+@pytest.mark.parametrize("cell", [0, 2], ids=["RNN_TANH", "LSTM"])
+def test_tags_under_every_schedule(cell, device, request):
+    """Polling blocks go on in whatever order; on a GPU, over many steps and repeated."""
+    shape = dict(lengths=[5, 4, 1], hidden=40, directions=2)
+    if device.type == "cuda":
+        shape = dict(steps=20000, batch=16, hidden=768)
+    arguments = tagged(inputs(cell, BF16, device, **shape))
+    emulator = request.getfixturevalue("emulator") if device.type == "cpu" else None
+    expected = _cuda.forward(**arguments, save=True, variant="flags")
+    for schedule in emulator.schedules(seeds=pick([3], [1])[0]) if emulator else [{}] * 20:
+        if emulator:
+            emulator.set_options(**schedule)
+        found = _cuda.forward(**arguments, save=True, variant="grid")
+        assert all(map(torch.equal, bits(found), bits(expected))), schedule
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equal_inputs_give_equal_bits(variant, device, request):
     """Under any schedule of the threads."""
@@ -237,6 +294,14 @@ def test_small(cell, variant, device):
     """Small enough for the race checker and AddressSanitizer; odd widths, several blocks, a padded group."""
     dtype = F32 if variant == "step" else BF16
     run(inputs(cell, dtype, device, lengths=[2, 1], hidden=19), variant)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("cell", [0, 2, 3], ids=["RNN_TANH", "LSTM", "GRU"])
+def test_small_with_tags(cell, device):
+    arguments = tagged(inputs(cell, BF16, device, lengths=[4, 2], hidden=19))
+    found, expected = (_cuda.forward(**arguments, save=True, variant=variant) for variant in ("grid", "flags"))
+    assert all(map(torch.equal, bits(found), bits(expected)))
 
 
 @pytest.mark.sanitized
@@ -282,14 +347,15 @@ from bigkern.ops.rnn import _cuda
 emulator = emulated.load("race")
 emulator.set_options(multiprocessors=16, blocks_per_multiprocessor=1)
 found = {}
-for variant in ("block", "grid"):
-    counts = []
+for name, h0 in (("block", 0), ("grid", 1.9), ("flags", 1.9), ("grid beyond", 2)):
+    counts, variant = [], name.split()[0]
     for steps in (2, 3):
         arguments = inputs(2, BF16, steps=steps, batch=8, hidden=32)
+        arguments["h0"].fill_(h0)
         emulator.reset_counters()
         _cuda.forward(**arguments, save=True, variant=variant)
         counts.append(emulator.counters())
-    found[variant] = {name: counts[1][name] - counts[0][name] for name in counts[0] if "place" not in name}
+    found[name] = {key: counts[1][key] - counts[0][key] for key in counts[0] if "place" not in key}
 print(json.dumps(found))
 """
 
@@ -297,7 +363,8 @@ print(json.dumps(found))
 @pytest.mark.emulated
 def test_a_step_moves_the_floor():
     """Global bytes of a step: the gates read once, the output and what is saved written once; and, on the grid, the
-    state written once, read once by each of the two blocks, with one flag each.
+    state written once, read once by each of the two blocks. With tags, which an h0 of 2 rules out, the state is
+    neither: it is polled.
     """
     environment = {**os.environ, **emulated.environment("race"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", _COUNT], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -307,8 +374,11 @@ def test_a_step_moves_the_floor():
     read, written = 4 * 2 * pairs, (1 + 5) * 2 * pairs
     assert (counts["block"]["global_load_bytes"], counts["block"]["global_store_bytes"]) == (read, written)
     state = 2 * pairs
-    assert counts["grid"]["global_store_bytes"] == written + state
-    assert counts["grid"]["global_load_bytes"] == read + blocks * state
+    for name in ("flags", "grid beyond"):
+        assert counts[name]["global_store_bytes"] == written + state
+        assert counts[name]["global_load_bytes"] == read + blocks * state
+    assert (counts["grid"]["global_load_bytes"], counts["grid"]["global_store_bytes"]) == (read, written)
+    assert counts["grid"]["global_atomic_bytes"] >= (1 + blocks) * state
 
 
 def test_refusals_name_the_argument(device):

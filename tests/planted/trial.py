@@ -280,7 +280,10 @@ def conv_hopper(library: ctypes.CDLL) -> str | None:
 
 
 def rnn(library: ctypes.CDLL) -> str | None:
-    """A packed bidirectional LSTM in each variant, several blocks and a padded group; the reference is torch's."""
+    """A packed bidirectional LSTM in each variant, several blocks and a padded group; the reference is torch's.
+
+    On the grid once with tags and once, as some initial states are beyond 2, with flags.
+    """
     import torch
 
     from bigkern.ops.rnn import _torch
@@ -299,10 +302,12 @@ def rnn(library: ctypes.CDLL) -> str | None:
     states = [normal(directions, batch, hidden) for _ in range(2)]
     grad = normal(rows, directions * hidden)
     packed = offsets, torch.tensor(lengths)
-    exact = _torch.forward(
-        gates.double(), weight.double(), None, *map(torch.Tensor.double, states), None, *packed, 2, True
-    )
-    for variant in ("block", "grid", "step"):
+    wide = states[0].index_fill(2, torch.tensor([5]), 2.5)
+    for variant, h0 in (("block", wide), ("grid", wide), ("grid", wide.clamp(-1, 1)), ("step", wide)):
+        states[0] = h0
+        exact = _torch.forward(
+            gates.double(), weight.double(), None, *map(torch.Tensor.double, states), None, *packed, 2, True
+        )
         found = [torch.full_like(tensor, torch.nan, dtype=torch.bfloat16) for tensor in exact]
         grads = [torch.full_like(tensor, torch.nan) for tensor in (gates, *states)]
         tensors = [gates, weight, weight.mT.contiguous(), *states, *packed, grad, *found, *grads]

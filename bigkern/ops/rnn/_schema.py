@@ -33,8 +33,9 @@ GATES = (1, 1, 4, 3)
 SAVED = (0, 0, 5, 4)
 
 # Which kernel: chosen by shape; one block for each eight sequences; blocks that keep the weights and exchange h; a
-# launch for each step.  Asking for one that cannot serve is an error.
-VARIANTS = ("auto", "block", "grid", "step")
+# launch for each step; the grid without tags on what it exchanges, for comparison (csrc/kernels/rnn_grid.cuh).  Asking
+# for one that cannot serve is an error.
+VARIANTS = ("auto", "block", "grid", "step", "flags")
 
 _FORWARD = (
     "(Tensor gates, Tensor weight_hh, Tensor? bias_hn, Tensor h0, Tensor? c0, Tensor? mask, Tensor? offsets,"

@@ -155,8 +155,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bigkern.ops.rnn._triton_kernels import cell_backward
 
-    if _schema.VARIANTS[variant] == "grid":
-        raise ValueError(_NO_GRID)
+    _refuse_grid(variant)
     rows, (directions, batch, hidden) = output.shape[0], h0.shape
     width, kept = GATES[cell] * hidden, SAVED[cell]
     is_gru = _schema.CELLS[cell] == "GRU"
@@ -207,13 +206,15 @@ def _backward(
     return grad_gates, grad_hidden, dh.to(dtype), output.new_empty((0,)) if dc is None else dc.to(dtype)
 
 
-_NO_GRID = "rnn: variant is 'grid'; the Triton kernels have 'auto', 'block' and 'step'"
+def _refuse_grid(variant: int) -> None:
+    name = _schema.VARIANTS[variant]
+    if name in ("grid", "flags"):
+        raise ValueError(f"rnn: variant is '{name}'; the Triton kernels have 'auto', 'block' and 'step'")
 
 
 def _runs_whole(variant: int, cell: int, hidden: int, dtype: torch.dtype) -> bool:
+    _refuse_grid(variant)
     name = _schema.VARIANTS[variant]
-    if name == "grid":
-        raise ValueError(_NO_GRID)
     if name == "block" and not _fits(cell, hidden, dtype):
         raise ValueError(f"rnn: variant is 'block'; no program holds {hidden} hidden units in {dtype}")
     return name == "block" or (name == "auto" and _fits(cell, hidden, dtype))
