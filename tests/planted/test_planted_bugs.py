@@ -47,7 +47,19 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
 
 @pytest.mark.parametrize("build", ["plain", "asan", "race"])
 @pytest.mark.parametrize(
-    "kernel", ["tile_gemm", "layer_norm", "adam", "conv", "conv_hopper", "rnn", "attention", "attention_decode"]
+    "kernel",
+    [
+        "tile_gemm",
+        "layer_norm",
+        "adam",
+        "conv",
+        "conv_hopper",
+        "rnn",
+        "attention",
+        "attention_hopper",
+        "attention_hopper_backward",
+        "attention_decode",
+    ],
 )
 def test_sound_kernels_pass(kernel, build):
     assert trial(kernel, build, f"sound_{kernel}") == ("", "")
