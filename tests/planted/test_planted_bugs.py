@@ -46,7 +46,19 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
 
 
 @pytest.mark.parametrize("build", ["plain", "asan", "race"])
-@pytest.mark.parametrize("kernel", ["tile_gemm", "layer_norm", "adam", "conv", "rnn", "attention", "attention_decode"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "tile_gemm",
+        "layer_norm",
+        "adam",
+        "conv",
+        "rnn",
+        "attention",
+        "attention_decode",
+        "attention_hopper_backward",
+    ],
+)
 def test_sound_kernels_pass(kernel, build):
     assert trial(kernel, build, f"sound_{kernel}") == ("", "")
 
