@@ -70,6 +70,27 @@ static_plan = [
             (_BACKWARD, "float", 256, 256, 100480),
         )
     ),
+    # Registers at the start; setmaxnreg then moves them from the loading warpgroup to the others.
+    *(
+        KernelPlan(
+            rf"^attention::attention_hopper_forward_kernel<__\w+, {dim}, {plain}>",
+            threads,
+            registers,
+            shared_bytes=shared,
+            requires={"sm_90a": "HGMMA UTMALDG"},
+            overlapped=True,
+        )
+        for dim, plain, threads, registers, shared in (
+            (64, "true", 512, 128, 114808),
+            (128, "true", 384, 168, 196712),
+            (192, "true", 384, 168, 196712),
+            (256, "true", 384, 168, 229480),
+            (64, "false", 384, 168, 65640),
+            (128, "false", 384, 168, 131176),
+            (192, "false", 384, 168, 196712),
+            (256, "false", 384, 168, 229480),
+        )
+    ),
     KernelPlan(r"^attention::attention_combine_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_queries_kernel<", 256, 64),

@@ -41,6 +41,9 @@ INSTRUCTIONS = {
     "LDGSTS": r"\bLDGSTS\b",
     "LDSM": r"\bLDSM\b",
     "UTMA": r"\bUTMA\w+|\bUBLKCP\b",
+    "UTMALDG": r"\bUTMALDG\b",
+    "EX2": r"\bMUFU\.EX2\b",
+    "ARRIVE": r"\bWARPGROUP\.ARRIVE\b",
     "LDL": r"\bLDL\b",
     "STL": r"\bSTL\b",
     "BAR": r"\bBAR\.",
@@ -62,7 +65,10 @@ class KernelPlan:
     shared_bytes: int = 0
     """Dynamic shared memory of a typical launch, for the occupancy column."""
     requires: dict[str, str] = field(default_factory=dict)
-    """Further instructions that must appear, by architecture ("*" for all): {"sm_90a": "HGMMA"}."""
+    """Further instructions that must appear, by architecture ("*" for all): {"sm_90a": "HGMMA UTMALDG"}."""
+    overlapped: bool = False
+    """On sm_90a two products of a warpgroup are in flight, and every exponential stands between the wait for the older
+    one and the wait for the other. ptxas has moved the second wait above them, where nothing overlaps any more."""
 
 
 @dataclass
@@ -74,6 +80,8 @@ class Row:
     local: int
     instructions: Counter
     plan: KernelPlan | None = None
+    exponentials: Counter = field(default_factory=Counter)
+    """EX2 by how many products of its warpgroup are in flight at most: by the wait before it in the code."""
 
     @property
     def occupancy(self) -> float | None:
@@ -98,9 +106,15 @@ class Row:
             found.append(f"{self.registers} registers, planned at most {self.plan.max_registers}")
         if self.plan.vectorised and not (self.instructions["LDG.128"] and self.instructions["STG.128"]):
             found.append("no 16-byte loads or stores")
-        for arch, name in self.plan.requires.items():
-            if arch in ("*", self.arch) and not self.instructions[name]:
-                found.append(f"no {name}")
+        for arch, names in self.plan.requires.items():
+            for name in names.split():
+                if arch in ("*", self.arch) and not self.instructions[name]:
+                    found.append(f"no {name}")
+        # Serialised (C7510 to C7519 of ptxas), each product has an arrival and a wait of its own.
+        if 2 * self.instructions["ARRIVE"] > self.instructions["HGMMA"]:
+            found.append(f"{self.instructions['HGMMA']} HGMMA in {self.instructions['ARRIVE']} groups: serialised")
+        if self.plan.overlapped and self.arch == "sm_90a" and self.exponentials.keys() != {1}:
+            found.append(f"exponentials by products in flight: {dict(self.exponentials)}, planned all under one")
         return [f"{self.kernel} on {self.arch}: {fault}" for fault in found]
 
 
@@ -146,16 +160,24 @@ def disassemble(path: Path) -> list[Row]:
         elif "REG:" in line:
             usage[arch, function] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
     counts: dict[tuple[str, str], Counter] = {}
+    exponentials: dict[tuple[str, str], Counter] = {}
     current: Counter = Counter()
+    in_flight = None
     # Offset, perhaps a predicate, then the opcode.
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(?: gsb0, 0x(\d+))?")
     for line in sass(path, sorted({arch for arch, _ in usage})):
         if match := re.search(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
-            current = counts.setdefault((arch, match[1]), Counter())
+            function = match[1]
+            current = counts.setdefault((arch, function), Counter())
+            in_flight = None
         elif match := instruction.match(line):
             current[match[1]] += 1
+            if match[1].startswith("WARPGROUP.DEPBAR"):
+                in_flight = int(match[2])
+            elif match[1] == "MUFU.EX2" and in_flight is not None:
+                exponentials.setdefault((arch, function), Counter())[in_flight] += 1
     names = demangle(sorted({function for _, function in counts}))
     return [
         Row(
@@ -165,6 +187,7 @@ def disassemble(path: Path) -> list[Row]:
             used.get("SHARED", 0),
             used.get("LOCAL", 0) + used.get("STACK", 0),
             classify(count),
+            exponentials=exponentials.get((arch, function), Counter()),
         )
         for (arch, function), count in counts.items()
         if (used := usage.get((arch, function)))
@@ -176,7 +199,7 @@ def sass(path: Path, archs: list[str]) -> Iterator[str]:
 
     One process an architecture, two at a time, and grep in front of Python: all of it is some 300 MB of text.
     """
-    wanted = r"arch = |Function : |\b(LDG|STG|HMMA|HGMMA|LDSM|UTMA|UBLKCP|LDL|STL|BAR|ATOM|RED)"
+    wanted = r"arch = |Function : |\b(LDG|STG|HMMA|HGMMA|LDSM|UTMA|UBLKCP|LDL|STL|BAR|ATOM|RED|MUFU\.EX2|WARPGROUP)"
 
     def disassembled(arch: str) -> list[str]:
         only = ["-arch", arch] if len(archs) > 1 else []  # refused for a cubin, which has one anyway

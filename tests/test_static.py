@@ -68,6 +68,9 @@ def row(**changes) -> Row:
         (dict(plan=None), "no plan"),
         (dict(plan=KernelPlan("f", 256, 64, vectorised=True)), "no 16-byte"),
         (dict(plan=KernelPlan("f", 256, 64, requires={"sm_90a": "HGMMA"})), "no HGMMA"),
+        (dict(instructions=Counter(HGMMA=32, ARRIVE=32)), "serialised"),
+        (dict(plan=KernelPlan("f", 256, 64, overlapped=True)), "exponentials"),
+        (dict(plan=KernelPlan("f", 256, 64, overlapped=True), exponentials=Counter({1: 60, 0: 4})), "exponentials"),
     ],
 )
 def test_each_fault_is_seen(changes, fault):
