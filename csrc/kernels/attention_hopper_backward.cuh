@@ -211,7 +211,7 @@ __device__ __forceinline__ void weigh_scores(const AttentionBackwardParams& p, c
 
 template <class T, int kDim, bool kPlain>
 __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
-    attention_backward_hopper_kernel(const __grid_constant__ HopperBackwardMaps maps, const AttentionBackwardParams p,
+    attention_hopper_backward_kernel(const __grid_constant__ HopperBackwardMaps maps, const AttentionBackwardParams p,
                                      const HopperBackwardPlan plan) {
   if constexpr (kHopper) {
     using Tile = HopperBackwardTile<kDim>;
@@ -439,7 +439,7 @@ int launch_hopper_tiles(const AttentionBackwardParams& p, const HopperBackwardPl
                                 panel_map<T>(p.key, of_keys, p.head_dim, Tile::kKeys),
                                 panel_map<T>(p.value, of_keys, p.value_dim, Tile::kKeys),
                                 panel_map<T>(p.grad_output, of_queries, p.value_dim, Tile::kQueries)};
-  return launch(attention_backward_hopper_kernel<T, kDim, kPlain>,
+  return launch(attention_hopper_backward_kernel<T, kDim, kPlain>,
                 attention_grid(int64_t{p.batch} * p.kv_heads * plan.copies, Tile::kThreads, Tile::kBytes, stream), maps,
                 p, plan);
 }
