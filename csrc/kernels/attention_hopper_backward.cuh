@@ -354,11 +354,11 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
           wgmma_fence();
           multiply_columns<T, kDim, kQueries>(grad_k, grads_left, q_tile);
           wgmma_commit();
+          float* sums = stage.sums;
           named_barrier(kAll, kConsumerThreads);  // dS is there, and both are done with the tile before the last one's
           wgmma_fence();
           multiply_depth<T, kDim / 2, kKeys>(grad_q, ds_tile, k_cols);
           wgmma_commit();
-          float* sums = stage.sums;
           wgmma_wait<1>();
           if (lane == 0) mbarrier_arrive(&barriers.empty[ring.stage]);
           ring.advance();
