@@ -110,6 +110,8 @@ def extension() -> dict:
     # Compute 8.x has one instruction set: one front-end pass (60 % of an architecture's compile time) serves it all.
     ampere = min((int(number) for number in re.findall(r"compute_(8\d)", " ".join(targets))), default=80)
     targets = [re.sub(r"compute_8\d,code=sm_", f"compute_{ampere},code=sm_", target) for target in targets]
+    # Hopper's own kernels exist for the architecture-specific target alone.
+    targets = [re.sub(r"\b(compute|sm)_90\b", r"\1_90a", target) for target in targets]
     cccl = [f"-I{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     # torch's helper hides the conversions and operators of __half and __nv_bfloat16.

@@ -34,6 +34,8 @@ RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
 RNN_CELLS, RNN_PRODUCT = "csrc/kernels/rnn_cells.cuh", "csrc/kernels/rnn_product.cuh"
 ATTENTION = "csrc/kernels/attention.cuh"
 ATTENTION_SCORES = "csrc/kernels/attention_scores.cuh"
+ATTENTION_HOPPER = "csrc/kernels/attention_hopper.cuh"
+ATTENTION_HOPPER_FORWARD = "csrc/kernels/attention_hopper_forward.cuh"
 DECODE = "csrc/kernels/attention_decode.cuh"
 HOPPER_BACKWARD = "csrc/kernels/attention_hopper_backward.cuh"
 
@@ -601,4 +603,69 @@ TRITON_BUGS = [
     ),
     TritonBug("only one head of a group adds to its key", TRITON_ATTENTION, "steps * group, num", "steps, num"),
     TritonBug("the gradient of lse is forgotten", TRITON_ATTENTION, "if grad_lse is not None:", "if False:"),
+    Bug(
+        "keys loaded over those still multiplied",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "        mbarrier_wait(&bars.k_empty[keys.stage], keys.phase ^ 1);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "values loaded over those still multiplied",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "        mbarrier_wait(&bars.v_empty[values.stage], values.phase ^ 1);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "queries loaded over those of the tile before",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "        mbarrier_wait(&bars.q_empty[w], q_phase ^ 1);\n",
+        "",
+        "plain",
+    ),
+    Bug("scores not waited for", "attention_hopper", ATTENTION_HOPPER_FORWARD, "wgmma_wait<1>(scores);", "", "plain"),
+    Bug(
+        "output scaled while it is added to",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "        wgmma_wait<0>(out);\n        if (in_flight) {",
+        "        if (in_flight) {",
+        "plain",
+    ),
+    Bug(
+        "output staged over the one still being stored",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "  if (Tile::kOwnOutput && leader) bulk_wait_read<0>();\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "staged output not fenced for TMA",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "  fence_proxy_async();\n  named_barrier(barrier, kWarpgroup);\n",
+        "  named_barrier(barrier, kWarpgroup);\n",
+        "race",
+    ),
+    Bug(
+        "stride between eight rows wrong in a descriptor",
+        "attention_hopper",
+        ATTENTION_HOPPER,
+        "wgmma_descriptor(b, kDepth * kPanelRowBytes, kAtomBytes, 128)",
+        "wgmma_descriptor(b, kDepth * kPanelRowBytes, kAtomBytes / 2, 128)",
+        "plain",
+    ),
+    Bug(
+        "next sequence's values multiplied by 0",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "        zero_rows<kKeys, kDim>(target, rows);\n",
+        "",
+        "plain",
+    ),
 ]

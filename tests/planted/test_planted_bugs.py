@@ -55,8 +55,9 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
         "conv",
         "rnn",
         "attention",
-        "attention_decode",
+        "attention_hopper",
         "attention_hopper_backward",
+        "attention_decode",
     ],
 )
 def test_sound_kernels_pass(kernel, build):

@@ -407,6 +407,41 @@ def attention_hopper_backward(library: ctypes.CDLL) -> str | None:
     return None
 
 
+def attention_hopper(library: ctypes.CDLL) -> str | None:
+    """Several tiles of queries and keys; packed sequences, the last of which is NaN and must stay alone."""
+    heads, dim = 2, 64
+    whole, packed = ([0, 200], [0, 300]), ([0, 70, 70, 300, 310], [0, 130, 150, 420, 440])
+    for cu_q, cu_k in (whole, packed):
+        queries, keys, causal = cu_q[-1], cu_k[-1], cu_q is packed[0]
+        rng = np.random.default_rng(queries)
+        bits = [bf16(rng.standard_normal((heads, n, dim)).astype(np.float32)) for n in (queries, keys, keys)]
+        q, k, v = ((x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in bits)
+        ends = len(cu_q) - 2 if causal else len(cu_q) - 1
+        if causal:
+            bits[2][:, cu_k[-2] :] = 0x7FC0  # NaN
+        output = np.full((heads, queries, dim), 0x7FC0, np.uint16)
+        lse = np.full((heads, queries), np.nan, np.float32)
+        starts = [np.array(x, np.int32) for x in (cu_q, cu_k)]
+        sizes = [ctypes.c_int(x) for x in (len(cu_q) - 1 if causal else 0, heads, queries, keys, causal)]
+        failure = call(library.run_attention_hopper, *map(pointer, (*bits, output, lse, *starts)), *sizes)
+        found = (output.astype(np.uint32) << 16).view(np.float32)
+        for i in range(ends):
+            rows, cols = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+            count, seen = cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]
+            if count == 0:
+                continue
+            scores = q[:, rows] @ k[:, cols].transpose(0, 2, 1) * dim**-0.5
+            if causal:
+                hidden = np.arange(seen) > np.arange(count)[:, None] + seen - count
+                scores = np.where(hidden, -np.inf, scores)
+            weights = np.exp(scores - scores.max(2, keepdims=True))
+            wanted = weights @ v[:, cols] / weights.sum(2, keepdims=True)
+            failure = failure or compare(f"output of sequence {i}", found[:, rows], wanted, 2e-2)
+        if failure:
+            return failure
+    return None
+
+
 def attention_decode(library: ctypes.CDLL) -> str | None:
     """Several tiles of keys to a warp, parts that end within one, new rows at the end of a cache of NaN."""
     heads, queries, new, dim = 3, 2, 2, 20
@@ -456,6 +491,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "conv": conv,
         "rnn": rnn,
         "attention": attention,
+        "attention_hopper": attention_hopper,
         "attention_decode": attention_decode,
         "attention_hopper_backward": attention_hopper_backward,
     }[kernel]

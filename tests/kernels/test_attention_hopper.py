@@ -1,0 +1,346 @@
+"""Attention's forward kernel of Hopper GPUs, called as a raw op: every instance and feature, what the launcher sends
+it, the products and bytes that the model in its header counts.
+
+On the CPU the emulated GPU says that it is one (compute capability 90); other GPUs skip these tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import bigkern
+from bigkern.ops import _extension
+from bigkern.ops.attention import _cuda
+from tests import numerics
+from tests.conftest import pick
+from tests.kernels.test_attention import FEATURES, OPTIONS, RawCase, arguments
+from tests.kernels.test_attention import check as check_both
+from tests.ops.attention_cases import Case, pairwise
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+# Keys a tile and warpgroups of 64 queries: hopper_forward_tiling of csrc/kernels/attention_hopper_forward.cuh.
+TILING = {
+    (64, True): (128, 3),
+    (128, True): (128, 2),
+    (192, True): (96, 2),
+    (256, True): (80, 2),
+    (64, False): (64, 2),
+    (128, False): (64, 2),
+    (192, False): (64, 2),
+    (256, False): (48, 2),
+}
+
+
+class Hopper:
+    """The GPU under test: what it did since the last question, where it can be asked."""
+
+    def __init__(self, emulator):
+        self.emulator = emulator
+
+    def set(self, **options):
+        if self.emulator:
+            self.emulator.set_options(**options)
+
+    def counted(self) -> tuple[int, int]:
+        """Products of warpgroups, and bytes that TMA loaded."""
+        counters = self.emulator.counters()
+        self.emulator.reset_counters()
+        return counters["wgmmas"], counters["tma_load_bytes"]
+
+    def forward(self, tensors, options, *, taken=True):
+        """The op's results; the kernel was taken, or not."""
+        if self.emulator:
+            self.emulator.reset_counters()
+        with numerics.uninitialised_memory_is_nan():
+            results = _cuda.forward(*tensors, *options)
+        if self.emulator:
+            assert (self.emulator.counters()["wgmmas"] > 0) == taken
+        return results
+
+
+@pytest.fixture
+def hopper(device, request):
+    if device.type == "cuda":
+        reason = _extension.load()
+        assert reason is None, reason
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a Hopper GPU")
+        yield Hopper(None)
+        return
+    emulator = request.getfixturevalue("emulator")
+    options = emulator.options()
+    emulator.set_options(compute_capability=90, multiprocessors=2, blocks_per_multiprocessor=1)
+    yield Hopper(emulator)
+    emulator.set_options(**options)
+
+
+def check(hopper, tensors, options, *, taken=True):
+    """The results by the error rule of tests/numerics.py."""
+    case = RawCase(tensors, dict(zip(OPTIONS, options, strict=True)))
+    mask = options[0]
+    inputs = [*tensors, *([mask] if mask is not None and mask.dtype != torch.bool else [])]
+    numerics.check(
+        lambda query, key, value, bias=None: hopper.forward([query, key, value], options, taken=taken),
+        case.reference,
+        inputs,
+    )
+
+
+def tiles(lengths, rows, keys, left, right, shift):
+    """Tiles of keys that each tile of queries meets, as the launcher's window asks."""
+    (seqlen_q, seqlen_k), found = lengths, []
+    for first in range(0, seqlen_q, rows):
+        last = min(first + rows, seqlen_q) - 1
+        start = 0 if left < 0 else max(0, first + shift - left)
+        end = seqlen_k if right < 0 else max(0, min(seqlen_k, last + shift + right + 1))
+        found.append(max(0, math.ceil(end / keys) - start // keys) if end > start else 0)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
+def test_every_instance(dtype, dim, features, device, hopper):
+    """Two tiles of queries, several of keys, both ragged."""
+    lengths = (200, 270) if dtype == BF16 else (140, 100)
+    check(hopper, *arguments(lengths, (dim, dim), dtype, device, (2, 1), **(FEATURES if features else {})))
+
+
+def _served(case: Case) -> Case:
+    """The case with sizes that the kernel takes."""
+    longer = {(33, 70): (70, 133), (1, 1): (65, 1), (7, 7): (135, 135), (16, 72): (80, 200), (1, 200): (100, 300)}
+    return dataclasses.replace(
+        case,
+        dtype=BF16 if case.dtype == torch.float32 else case.dtype,
+        head_dim=40 if case.head_dim == 33 else case.head_dim,
+        value_dim=72 if case.value_dim == 65 else case.value_dim,
+        lengths=longer.get(case.lengths, (case.lengths[0] + 32, case.lengths[1])),
+        layout={"odd": "transposed", "inner": "joined"}.get(case.layout, case.layout),
+        lse=True,
+    )
+
+
+@pytest.mark.parametrize("case", [_served(case) for case in pick(pairwise(300), pairwise(1)[2::6])], ids=str)
+def test_features_crossed(case, device, hopper):
+    """Through the public op, as in tests/ops, without gradients."""
+    inputs = [x.detach() for x in case.inputs(device)]
+
+    def kernel(*tensors):
+        if hopper.emulator:
+            hopper.emulator.reset_counters()
+        with bigkern.use_backend("cuda"):
+            results = case.kernel(*tensors)
+        assert not hopper.emulator or hopper.counted()[0] > 0
+        return results
+
+    numerics.check(kernel, case.reference, inputs)
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (72, 16), (16, 136), (200, 256)], ids=str)
+def test_dims_that_are_padded(dims, device, hopper):
+    check(hopper, *arguments((70, 90), dims, F16, device))
+
+
+@pytest.mark.parametrize(
+    "lengths", pick([(65, 1), (65, 129), (128, 128), (193, 70), (300, 200), (500, 500)], [(65, 1), (300, 200)]), ids=str
+)
+@pytest.mark.parametrize("window", [(-1, 0), (70, 30), (0, 0), (-1, -1), (200, -1)], ids=str)
+@pytest.mark.parametrize("bottom_right", [False, True])
+def test_windows(lengths, window, bottom_right, device, hopper):
+    """Right, and tiles that a window hides are neither loaded nor multiplied: products and bytes are the model's."""
+    left, right = window
+    tensors, options = arguments(
+        lengths, (64, 64), BF16, device, (2, 1), window_left=left, window_right=right, bottom_right=bottom_right
+    )
+    keys, warpgroups = TILING[64, True]
+    shift = lengths[1] - lengths[0] if bottom_right else 0
+    found = tiles(lengths, 64 * warpgroups, keys, left, right, shift)
+    check(hopper, tensors, options, taken=sum(found) > 0)
+    if hopper.emulator:
+        products, loaded = hopper.counted()
+        assert products == 2 * sum(found) * warpgroups * (64 // 16 + keys // 16)
+        assert loaded == 2 * 64 * 2 * sum(2 * n * keys + (n > 0) * 64 * warpgroups for n in found)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("dim", "plain"), TILING)
+def test_products_and_bytes_are_the_models(dim, plain, hopper):
+    tensors, options = arguments((150, 150), (dim, dim), BF16, "cpu", softcap=0.0 if plain else 5.0)
+    hopper.forward(tensors, options)
+    keys, warpgroups = TILING[dim, plain]
+    rows, met = math.ceil(150 / (64 * warpgroups)), math.ceil(150 / keys)
+    products, loaded = hopper.counted()
+    assert products == rows * met * warpgroups * (dim // 16 + keys // 16)
+    assert loaded == rows * (2 * met * keys + 64 * warpgroups) * dim * 2
+
+
+def packed(device, dim=64, **options):
+    """Three sequences of queries and keys beside an empty one of each; the lengths; and the op's arguments."""
+    lengths = [(70, 130), (0, 5), (200, 256), (90, 0), (65, 200)]
+    total = [sum(n) for n in zip(*lengths, strict=True)]
+    tensors, given = arguments(total, (dim, dim), BF16, device, (2, 2), **options)
+    starts = [torch.tensor([0, *n]).cumsum(0).int().to(device) for n in zip(*lengths, strict=True)]
+    given[2:6] = (*starts, 200, 256)
+    return lengths, tensors, given
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("options", [{}, {"window_right": 0, "bottom_right": True}, {"softcap": 3.0}], ids=str)
+def test_packed_sequences(dim, options, device, hopper):
+    """Each as by itself, to the bit, whatever stands beside it; rows of none are not written."""
+    lengths, tensors, given = packed(device, dim, **options)
+    output, lse = hopper.forward(tensors, given)
+    start_q = start_k = 0
+    for q, k in lengths:
+        own = [x[:, :, a : a + n] for x, a, n in zip(tensors, (start_q, start_k, start_k), (q, k, k), strict=True)]
+        if q and k:
+            alone = [None, None, None, None, q, k, *given[6:]]
+            expected = hopper.forward(own, alone)
+            assert torch.equal(output[:, :, start_q : start_q + q], expected[0])
+            assert torch.equal(lse[:, :, start_q : start_q + q], expected[1])
+        elif q:
+            assert not output[:, :, start_q : start_q + q].any()
+            assert (lse[:, :, start_q : start_q + q] == -torch.inf).all()
+        start_q, start_k = start_q + q, start_k + k
+
+
+def test_a_packed_sequence_of_nan_stays_alone(device, hopper):
+    """Its keys and values lie in the same tiles as the end of the sequence before."""
+    lengths, tensors, given = packed(device)
+    clean, _ = hopper.forward(tensors, given)
+    bad = slice(lengths[0][1] + lengths[1][1], lengths[0][1] + lengths[1][1] + lengths[2][1])
+    tensors[1][:, :, bad], tensors[2][:, :, bad] = torch.nan, torch.nan
+    output, _ = hopper.forward(tensors, given)
+    own = slice(70, 270)
+    assert output[:, :, own].isnan().all()
+    output[:, :, own] = clean[:, :, own]
+    assert torch.equal(output, clean)
+
+
+def test_dropout_draws_the_same_bits_as_the_other_kernel(device, hopper):
+    """Values of the unit matrix bring out the weights, of which some are dropped: seqlen_k a multiple of 4 or not."""
+    for keys in (128, 126):
+        dropout = {name: FEATURES[name] for name in ("dropout_p", "philox")}
+        tensors, options = arguments((150, keys), (64, 128), BF16, device, (2, 1), 2, **dropout)
+        tensors[2].copy_(torch.eye(keys, 128))
+        output, _ = hopper.forward(tensors, options)
+        if hopper.emulator:
+            hopper.set(compute_capability=80)
+            other, _ = hopper.forward(tensors, options, taken=False)
+        else:
+            other, _ = RawCase(tensors, dict(zip(OPTIONS, options, strict=True))).reference(*tensors)
+        hopper.set(compute_capability=90)
+        dropped = output[..., :keys] == 0
+        assert 0.2 < dropped.float().mean() < 0.3
+        assert torch.equal(dropped, other[..., :keys] == 0)
+
+
+def test_rows_without_keys(device, hopper):
+    """By the window, and by a mask: output 0, lse minus infinity, though key and value be NaN there."""
+    tensors, options = arguments((200, 70), (64, 64), BF16, device, window_right=0, bottom_right=True)
+    output, lse = hopper.forward(tensors, options)
+    assert not output[:, :, :130].any() and (lse[:, :, :130] == -torch.inf).all() and lse[:, :, 130:].isfinite().all()
+    mask = torch.ones(1, 1, 200, 70, dtype=torch.bool, device=device)
+    mask[:, :, 5:190] = False
+    tensors, options = arguments((200, 70), (64, 64), BF16, device, attn_mask=mask)
+    check(hopper, tensors, options)
+    output, lse = hopper.forward(tensors, options)
+    assert not output[:, :, 5:190].any() and (lse[:, :, 5:190] == -torch.inf).all()
+
+
+def test_hidden_tiles_are_skipped(device, hopper):
+    """NaN in keys that a window hides from a whole tile of queries is never multiplied."""
+    tensors, options = arguments((384, 384), (64, 64), BF16, device, window_left=10, window_right=0)
+    clean, _ = hopper.forward(tensors, options)
+    tensors[1][:, :, 256:], tensors[2][:, :, 256:] = torch.nan, torch.nan
+    output, _ = hopper.forward(tensors, options)
+    assert torch.equal(output[:, :, :192], clean[:, :, :192]) and output[:, :, 256:].isnan().any()
+
+
+def test_nan_stays_in_its_row(device, hopper):
+    tensors, options = arguments((130, 200), (128, 128), BF16, device)
+    clean, _ = hopper.forward(tensors, options)
+    tensors[0][:, :, 77] = torch.nan
+    output, lse = hopper.forward(tensors, options)
+    assert output[:, :, 77].isnan().all() and lse[:, :, 77].isnan().all()
+    output[:, :, 77] = clean[:, :, 77]
+    assert torch.equal(output, clean)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.0, -0.3, 30.0])
+def test_scales(scale, device, hopper):
+    check(hopper, *arguments((70, 140), (64, 64), F16, device, scale=scale))
+
+
+def test_more_heads_than_the_cache_holds(device, hopper):
+    """Sections of heads, and more tiles than blocks: every tile once."""
+    hopper.set(multiprocessors=3)
+    check(hopper, *arguments((260, 100), (64, 64), BF16, device, (6, 3), 2, window_right=0))
+
+
+def test_its_lse_serves_the_backward_pass(device, hopper):
+    tensors, options = arguments((130, 150), (64, 64), BF16, device, (2, 1), window_right=0, **FEATURES)
+    check_both(tensors, options)
+
+
+class TestOtherKernel:
+    """What goes to the kernel of all architectures instead, with the right result."""
+
+    def test_few_queries(self, device, hopper):
+        check(hopper, *arguments((64, 90), (64, 64), BF16, device), taken=False)
+
+    def test_long_keys_for_few_blocks(self, device, hopper):
+        hopper.set(multiprocessors=8)
+        check(hopper, *arguments((66, 2048), (16, 16), BF16, device), taken=False)
+
+    def test_float32(self, device, hopper):
+        check(hopper, *arguments((70, 90), (16, 16), torch.float32, device), taken=False)
+
+    @pytest.mark.parametrize("dims", [(20, 64), (64, 20)], ids=str)
+    def test_rows_that_tma_cannot_reach(self, dims, device, hopper):
+        check(hopper, *arguments((70, 90), dims, BF16, device), taken=False)
+
+    def test_misaligned(self, device, hopper):
+        tensors, options = arguments((70, 90), (64, 64), BF16, device)
+        odd = torch.empty(tensors[1].numel() + 1, dtype=BF16, device=device)[1:].view(tensors[1].shape)
+        check(hopper, [tensors[0], odd.copy_(tensors[1]), tensors[2]], options, taken=False)
+
+    def test_expanded(self, device, hopper):
+        tensors, options = arguments((70, 90), (64, 64), BF16, device, (2, 2))
+        wide = [tensors[0], *(x[:, :1].expand(-1, 2, -1, -1) for x in tensors[1:])]
+        check(hopper, wide, options, taken=False)
+
+
+def test_equal_inputs_give_equal_bits(device, hopper):
+    """Under any schedule of the threads."""
+    schedules = hopper.emulator.schedules(seeds=2) if hopper.emulator else [{}] * 4
+    for dim, features in ((64, {}), (192, FEATURES)):
+        tensors, options = arguments((270, 200), (dim, dim), BF16, device, (2, 1), window_right=0, **features)
+        results = None
+        for schedule in schedules:
+            hopper.set(multiprocessors=1, **schedule)
+            found = hopper.forward(tensors, options)
+            results = results or found
+            assert all(map(torch.equal, found, results))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize(("dim", "features"), [(64, False), (64, True), (256, False)])
+def test_small(dim, features, device, hopper):
+    """For the race checker and AddressSanitizer: two tiles of queries on one multiprocessor, three of keys."""
+    hopper.set(multiprocessors=1)
+    keys, warpgroups = TILING[dim, not features]
+    lengths, given = (64 * warpgroups + 1, 2 * keys + 1), FEATURES | {"alibi_slopes": FEATURES["alibi_slopes"][:1]}
+    check(hopper, *arguments(lengths, (dim, dim), BF16, device, **(given if features else {})))
+
+
+@pytest.mark.sanitized
+def test_small_packed_sequences(device, hopper):
+    _, tensors, given = packed(device)
+    output, lse = hopper.forward([x[:, :1] for x in tensors], given)
+    assert output.isfinite().all() and not lse.isnan().any()
