@@ -99,7 +99,7 @@ static_plan = [
             shared_bytes=shared,
             requires={"sm_90a": "HGMMA UTMALDG"},
         )
-        for dim, shared in ((64, 115888), (128, 197808))
+        for dim, shared in ((64, 149192), (128, 197808))
     ),
     KernelPlan(r"^attention::attention_combine_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),

@@ -13,8 +13,8 @@
 // end. S^T is waited for before the loop goes round: ptxas gives up (C7514) where accumulators are in flight there. A
 // product too many, of the rows after the last, is issued from the keys' tile, for a product in a branch costs as much.
 //
-// dS has two tiles: the barrier before dQ tells that the other warpgroup is done with dQ of the rows before, hence with
-// the tile of two before. A warp adds its part of dQ by a bulk reduction of its own, from its own staging memory.
+// dS has a tile for each stage, of which two suffice: the barrier before dQ tells that the other warpgroup is done with
+// dQ of the rows before. A warp adds its part of dQ by a bulk reduction of its own, from its own staging memory.
 // grad_query is summed in fp32: when deterministic each of a few blocks a head has a copy of the sums, whose
 // reductions wait for each other from one tile of keys to the next, and the copies are added in order.
 //
@@ -33,7 +33,7 @@
 // a cycle), and the bytes that pass between it and L2:
 //
 //     head_dim   wgmma   exp2   shared memory                             L2 bytes a cycle   shared memory of a block
-//           64    1280    512   1664 (208 KB: operands 144, dS and dQ 48)        20                  113 KB
+//           64    1280    512   1664 (208 KB: operands 144, dS and dQ 48)        20                  146 KB
 //          128    2560    512   2944 (368 KB: operands 256, dS and dQ 80)        22                  193 KB
 //
 // So shared memory binds: 77 % and 87 % of wgmma's rate at best, before the barrier and what products alone expose.
@@ -64,16 +64,17 @@ struct HopperBackwardStep {
 template <int kDim>
 struct HopperBackwardTile {
   static constexpr int kKeys = kHopperBackwardKeys, kQueries = kHopperBackwardQueries;
-  static constexpr int kStages = 2;  // of query and grad_output
+  static constexpr int kStages = kDim == 64 ? 3 : 2;  // of query, grad_output and dS
   static constexpr int kLoaderRegisters = 24, kRegisters = 240;
 
   static constexpr int kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers), kWarps = 4 * kConsumers;
   static constexpr int kKeyBytes = kTileBytes<kKeys, kDim>, kQueryBytes = kTileBytes<kQueries, kDim>;
   static constexpr int kScoreBytes = kTileBytes<kKeys, kQueries>, kSumBytes = kQueries * kDim * 4;
-  static constexpr int kBytes = 2 * kKeyBytes + 2 * kStages * kQueryBytes + 2 * kScoreBytes + kSumBytes +
+  static constexpr int kBytes = 2 * kKeyBytes + 2 * kStages * kQueryBytes + kStages * kScoreBytes + kSumBytes +
                                 kStages * static_cast<int>(kQueries * sizeof(RowPair) + sizeof(HopperBackwardStep)) +
                                 128;
   static_assert(kKeys == 64 * kConsumers && kQueries == 64, "a warpgroup's products have 64 rows");
+  static_assert(kStages >= 2, "dS is written while the last one is read");
   static_assert(kBytes <= kHopperShared && kWarpgroup * (kLoaderRegisters + kConsumers * kRegisters) <= 65536,
                 "beyond a multiprocessor");
 };
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
     char* v_tile = shared.take<char>(Tile::kKeyBytes, kAtomBytes);
     char* q_tiles = shared.take<char>(Tile::kStages * Tile::kQueryBytes, kAtomBytes);
     char* g_tiles = shared.take<char>(Tile::kStages * Tile::kQueryBytes, kAtomBytes);
-    char* ds_tiles = shared.take<char>(2 * Tile::kScoreBytes, kAtomBytes);  // keys x queries
+    char* ds_tiles = shared.take<char>(Tile::kStages * Tile::kScoreBytes, kAtomBytes);  // keys x queries
     float* staged_sums = shared.take<float>(kQueries * kDim, 128);
     RowPair* row_statistics = shared.take<RowPair>(Tile::kStages * kQueries);
     HopperBackwardStep* stages = shared.take<HopperBackwardStep>(Tile::kStages);
@@ -355,7 +356,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
           multiply_columns<T, kDim, kQueries>(grad_k, grads_left, q_tile);
           wgmma_commit();
           float* sums = stage.sums;
-          named_barrier(kAll, kConsumerThreads);  // dS is there, and both are done with the tile before the last one's
+          named_barrier(kAll, kConsumerThreads);  // dS is there, and both are done with the last dQ
           wgmma_fence();
           multiply_depth<T, kDim / 2, kKeys>(grad_q, ds_tile, k_cols);
           wgmma_commit();
