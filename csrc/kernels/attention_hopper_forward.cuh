@@ -34,11 +34,11 @@
 // operations, 128 bytes of shared memory a cycle; all warpgroups together), and the bytes its loads take from L2:
 //
 //     dim  rows x keys   wgmma   exp2   fp32   shared memory    L2 bytes a cycle    shared    registers (S + O + P)
-//      64   192 x 128     1536   1536    672         62 %              21            113 KB    64 + 32 + 32
-//     128   128 x 128     2048   1024    512         62 %              32            193 KB    64 + 64 + 32
-//     128   128 x 176     2816   1408    656         59 %              32            209 KB    88 + 64 + 44
-//     192   128 x 96      2304    768    450         59 %              32            193 KB    48 + 96 + 24
-//     256   128 x 80      2560    640    430         62 %              32            225 KB    40 + 128 + 20
+//      64   192 x 128     1536   1536    672         62 %              21            112 KB    64 + 32 + 32
+//     128   128 x 128     2048   1024    512         62 %              32            192 KB    64 + 64 + 32
+//     128   128 x 176     2816   1408    656         59 %              32            208 KB    88 + 64 + 44
+//     192   128 x 96      2304    768    480         67 %              32            192 KB    48 + 96 + 24
+//     256   128 x 80      2560    640    496         70 %              32            224 KB    40 + 128 + 20
 //
 // So dim 64 is bound by exp2 as much as by wgmma, and the others by wgmma, if L2 gives 32 bytes a cycle to each
 // multiprocessor. None of this is measured.
@@ -54,7 +54,7 @@
 namespace bigkern {
 namespace attention {
 
-// What may be chosen by measuring: keys a tile, and warpgroups of 64 queries.
+// What may be chosen by measuring: keys a tile, and warpgroups of 64 queries. Nothing chooses by itself yet.
 struct HopperForwardTiling {
   int keys, consumers;
 };
@@ -68,7 +68,7 @@ constexpr HopperForwardTiling hopper_forward_tiling(int dim, bool plain) {
     case 128:
       return plain ? HopperForwardTiling{128, 2} : HopperForwardTiling{64, 2};  // plain: {176, 2}
     case 192:
-      return plain ? HopperForwardTiling{96, 2} : HopperForwardTiling{64, 2};  // plain: {112, 2}
+      return plain ? HopperForwardTiling{96, 2} : HopperForwardTiling{64, 2};
     default:
       return plain ? HopperForwardTiling{80, 2} : HopperForwardTiling{48, 2};  // plain: {64, 2}
   }
@@ -172,6 +172,12 @@ __device__ __forceinline__ void load_forward(const AttentionForwardParams& p, co
   const bool leader = threadIdx.x == 0, packed = p.cu_seqlens_q != nullptr;
   Ring<Tile::kStages> keys, values;
   uint32_t q_phase = 0, tail_phase = 0;
+  if (leader) {
+    prefetch_tensor_map(maps.key);
+    prefetch_tensor_map(maps.query);
+    prefetch_tensor_map(maps.value);
+    prefetch_tensor_map(maps.output);
+  }
   for (int64_t round = 0, number; (number = deal(round)) < plan.count; round++) {
     const auto work = HopperForwardWork::at<Tile>(p, plan, static_cast<int>(number));
     if (!work.some_keys()) continue;
@@ -333,8 +339,22 @@ __device__ __forceinline__ void store_forward(const AttentionForwardParams& p, c
     }
     if constexpr (!Tile::kOwnOutput) {
       bulk_wait_read<0>();
-      if (work.some_keys()) mbarrier_arrive(q_empty);
+      mbarrier_arrive(q_empty);
     }
+  }
+}
+
+// A warpgroup's 64 rows where none of the tile's sees a key. Not through shared memory: the queries of the next tile
+// may be on their way to where the output would be staged.
+template <class T>
+__device__ __forceinline__ void store_zeros(const AttentionForwardParams& p, const HopperForwardWork& work, int row0) {
+  const int rows = min(64, work.sequence.queries - row0), warp = threadIdx.x % kWarpgroup / 32;
+  const int lane = threadIdx.x % 32, col = lane * 8;
+#pragma unroll 1
+  for (int row = warp; row < rows; row += 4) {
+    T* target = work.sequence.row<T>(p, p.output, work.b, work.head, work.sequence.first_q, row0 + row) + col;
+    if (col < p.value_dim) store_vec<T, 8>(target, Vec<T, 8>{});
+    if (lane == 0) p.lse[work.sequence.statistics(p, work.b, work.head) + row0 + row] = -INFINITY;
   }
 }
 
@@ -357,62 +377,61 @@ __device__ __forceinline__ void attend_forward(const AttentionForwardParams& p, 
     const auto work = HopperForwardWork::at<Tile>(p, plan, static_cast<int>(number));
     if (!work.some_rows()) continue;
     const int row0 = work.row0 + 64 * w;
-    float out[kDim / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, rescale[2];
+    if (!work.some_keys()) {
+      store_zeros<T>(p, work, row0);
+      continue;
+    }
+    float out[kDim / 2], scores[kKeys / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, rescale[2];
+    uint32_t weights[kKeys / 16][4];
 #pragma unroll
     for (int i = 0; i < kDim / 2; i++) out[i] = 0.0f;
-    if (work.some_keys()) {
-      float scores[kKeys / 2];
-      uint32_t weights[kKeys / 16][4];
-      const auto issue_scores = [&] {
-        wgmma_fence();
-        multiply_rows<T, kDim, 64, kKeys>(scores, q, shared.k + keys.stage * Tile::kKeyBytes);
-        wgmma_commit();
-      };
-      // Scales the output and makes P of the last tile, once the product in flight no longer needs either.
-      bool in_flight = false;
-      const auto make_weights = [&] {
-        wgmma_wait<0>(out);
-        if (in_flight) {
-          if (lane == 0) mbarrier_arrive(&bars.v_empty[values.stage]);
-          values.advance();
-        }
-        in_flight = true;
-#pragma unroll
-        for (int i = 0; i < kDim / 2; i++) out[i] *= rescale[i / 2 % 2];
-        pack_left<T>(weights, scores);
-      };
-      const auto issue_output = [&] {
-        mbarrier_wait(&bars.v_full[values.stage], values.phase);
-        wgmma_fence();  // again, since the wait is a loop: ptxas would add one
-        multiply_columns<T, kDim, kKeys>(out, weights, shared.v + values.stage * Tile::kKeyBytes);
-        wgmma_commit();
-      };
-      mbarrier_wait(&bars.q_full[w], q_phase);
-      q_phase ^= 1;
-      mbarrier_wait(&bars.k_full[keys.stage], keys.phase);
-      issue_scores();
-      wgmma_wait<0>(scores);
-#pragma unroll 1
-      for (int tile = work.end - 1;; tile--) {
-        wgmma_wait<1>(scores);
-        if (lane == 0) mbarrier_arrive(&bars.k_empty[keys.stage]);
-        keys.advance();
-        softmax_tile<T, kKeys, kPlain>(p, work, row0, tile * kKeys, factor, scores, maximum, sum, rescale);
-        if (tile == work.first) break;
-        mbarrier_wait(&bars.k_full[keys.stage], keys.phase);
-        make_weights();
-        named_barrier(kTurn + w, 2 * kWarpgroup);
-        issue_scores();
-        issue_output();
-        named_barrier_arrive(kTurn + (w + 1) % kConsumers, 2 * kWarpgroup);
-      }
-      if (Tile::kOwnOutput && lane == 0) mbarrier_arrive(&bars.q_empty[w]);
-      make_weights();
-      issue_output();
-      wgmma_wait<0>(out);  // here: where rows without keys join, out has values of no product
+    const auto issue_scores = [&] {
+      wgmma_fence();
+      multiply_rows<T, kDim, 64, kKeys>(scores, q, shared.k + keys.stage * Tile::kKeyBytes);
+      wgmma_commit();
+    };
+    const auto free_values = [&] {
       if (lane == 0) mbarrier_arrive(&bars.v_empty[values.stage]);
       values.advance();
+    };
+    // Scales the output and makes P of the last tile, once the product in flight no longer needs either.
+    bool in_flight = false;
+    const auto make_weights = [&] {
+      wgmma_wait<0>(out);
+      if (in_flight) free_values();
+      in_flight = true;
+#pragma unroll
+      for (int i = 0; i < kDim / 2; i++) out[i] *= rescale[i / 2 % 2];
+      pack_left<T>(weights, scores);
+    };
+    const auto issue_output = [&] {
+      mbarrier_wait(&bars.v_full[values.stage], values.phase);
+      wgmma_fence();  // again, since the wait is a loop: ptxas would add one
+      multiply_columns<T, kDim, kKeys>(out, weights, shared.v + values.stage * Tile::kKeyBytes);
+      wgmma_commit();
+    };
+    mbarrier_wait(&bars.q_full[w], q_phase);
+    q_phase ^= 1;
+    mbarrier_wait(&bars.k_full[keys.stage], keys.phase);
+    issue_scores();
+    wgmma_wait<0>(scores);
+#pragma unroll 1
+    for (int tile = work.end - 1;; tile--) {
+      wgmma_wait<1>(scores);
+      if (lane == 0) mbarrier_arrive(&bars.k_empty[keys.stage]);
+      keys.advance();
+      softmax_tile<T, kKeys, kPlain>(p, work, row0, tile * kKeys, factor, scores, maximum, sum, rescale);
+      if (tile == work.first) break;
+      mbarrier_wait(&bars.k_full[keys.stage], keys.phase);
+      make_weights();
+      named_barrier(kTurn + w, 2 * kWarpgroup);
+      issue_scores();
+      issue_output();
+      named_barrier_arrive(kTurn + (w + 1) % kConsumers, 2 * kWarpgroup);
     }
+    if (Tile::kOwnOutput && lane == 0) mbarrier_arrive(&bars.q_empty[w]);
+    make_weights();
+    issue_output();
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -424,6 +443,8 @@ __device__ __forceinline__ void attend_forward(const AttentionForwardParams& p, 
             total == 0.0f ? -INFINITY : maximum[half] * kLn2 + logf(total);
       }
     }
+    wgmma_wait<0>(out);
+    free_values();
     store_forward<T, Tile, kDim>(p, maps, work, row0, shared.output + w * Tile::kQueryBytes, &bars.q_empty[w], kOwn + w,
                                  out, inverse);
   }
@@ -462,6 +483,8 @@ __global__ void __launch_bounds__(HopperForwardTile<kDim, kPlain>::kThreads, 1)
       set_max_registers_inc<Tile::kConsumerRegisters>();
       attend_forward<T, Tile, kDim, kPlain>(p, plan, maps, shared, warpgroup - 1);
     }
+  } else {
+    __trap();  // the launcher was told of a Hopper GPU: the build was not for sm_90a
   }
 }
 

@@ -340,7 +340,10 @@ def test_small(dim, features, device, hopper):
 
 
 @pytest.mark.sanitized
-def test_small_packed_sequences(device, hopper):
-    _, tensors, given = packed(device)
+@pytest.mark.parametrize("dim", [64, 256])
+def test_small_packed_sequences(dim, device, hopper):
+    """Its output in shared memory of its own, or over the queries; a sequence without keys between others."""
+    hopper.set(multiprocessors=1)
+    _, tensors, given = packed(device, dim)
     output, lse = hopper.forward([x[:, :1] for x in tensors], given)
     assert output.isfinite().all() and not lse.isnan().any()

@@ -632,8 +632,8 @@ TRITON_BUGS = [
         "output scaled while it is added to",
         "attention_hopper",
         ATTENTION_HOPPER_FORWARD,
-        "        wgmma_wait<0>(out);\n        if (in_flight) {",
-        "        if (in_flight) {",
+        "      wgmma_wait<0>(out);\n      if (in_flight)",
+        "      if (in_flight)",
         "plain",
     ),
     Bug(
