@@ -156,7 +156,7 @@ __device__ __forceinline__ void load_backward_tiles(
         load_panels<Tile::kQueries, kDim>(q_tiles + ring.stage * Tile::kQueryBytes, maps.query, full, row, head, batch);
         load_panels<Tile::kQueries, kDim>(g_tiles + ring.stage * Tile::kQueryBytes, maps.grad_output, full, row, head,
                                           batch);
-        const int64_t place = (int64_t{p.deterministic ? copy * p.batch : 0} + b) * p.heads + head;
+        const int64_t place = ((p.deterministic ? int64_t{copy} * p.batch : 0) + b) * p.heads + head;
         stages[ring.stage] = {plan.sums + (place * plan.query_tiles + query_tile) * (Tile::kQueries * kDim), head,
                               query0, sequence.queries - query0};
       }
