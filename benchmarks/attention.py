@@ -91,6 +91,16 @@ static_plan = [
             (256, "false", 384, 168, 229480),
         )
     ),
+    *(
+        KernelPlan(
+            rf"^attention::attention_hopper_backward_kernel<__\w+, {dim}, ",
+            384,
+            168,
+            shared_bytes=shared,
+            requires={"sm_90a": "HGMMA UTMALDG"},
+        )
+        for dim, shared in ((64, 149192), (128, 197808))
+    ),
     KernelPlan(r"^attention::attention_combine_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_queries_kernel<", 256, 64),

@@ -21,6 +21,21 @@ inline void counted_product(float (&d)[4], const uint32_t (&a)[4], const uint32_
 #include "kernels/attention.cuh"
 #undef mma_m16n8k16_bf16
 
+// The GPU that is counted is none of those whose kernels stand in sources of their own.
+namespace bigkern::attention {
+
+template <>
+int hopper_forward<__nv_bfloat16>(const AttentionForwardParams&, Stream) {
+  return kErrorInvalidValue;
+}
+
+template <>
+int hopper_backward<__nv_bfloat16>(const AttentionBackwardParams&, const HopperBackwardPlan&, Stream) {
+  return kErrorInvalidValue;
+}
+
+}  // namespace bigkern::attention
+
 // (batch, heads, queries or keys, head_dim) in bf16. A window's side below 0 has no limit; with dropout the kernels are
 // those that serve every feature.
 extern "C" int attention_counters(int batch, int heads, int kv_heads, int queries, int keys, int head_dim,

@@ -13,8 +13,8 @@
 // end. S^T is waited for before the loop goes round: ptxas gives up (C7514) where accumulators are in flight there. A
 // product too many, of the rows after the last, is issued from the keys' tile, for a product in a branch costs as much.
 //
-// dS has two tiles: the barrier before dQ tells that the other warpgroup is done with dQ of the rows before, hence with
-// the tile of two before. A warp adds its part of dQ by a bulk reduction of its own, from its own staging memory.
+// dS has a tile for each stage, of which two suffice: the barrier before dQ tells that the other warpgroup is done with
+// dQ of the rows before. A warp adds its part of dQ by a bulk reduction of its own, from its own staging memory.
 // grad_query is summed in fp32: when deterministic each of a few blocks a head has a copy of the sums, whose
 // reductions wait for each other from one tile of keys to the next, and the copies are added in order.
 //
@@ -33,7 +33,7 @@
 // a cycle), and the bytes that pass between it and L2:
 //
 //     head_dim   wgmma   exp2   shared memory                             L2 bytes a cycle   shared memory of a block
-//           64    1280    512   1664 (208 KB: operands 144, dS and dQ 48)        20                  113 KB
+//           64    1280    512   1664 (208 KB: operands 144, dS and dQ 48)        20                  146 KB
 //          128    2560    512   2944 (368 KB: operands 256, dS and dQ 80)        22                  193 KB
 //
 // So shared memory binds: 77 % and 87 % of wgmma's rate at best, before the barrier and what products alone expose.
@@ -64,16 +64,17 @@ struct HopperBackwardStep {
 template <int kDim>
 struct HopperBackwardTile {
   static constexpr int kKeys = kHopperBackwardKeys, kQueries = kHopperBackwardQueries;
-  static constexpr int kStages = 2;  // of query and grad_output
+  static constexpr int kStages = kDim == 64 ? 3 : 2;  // of query, grad_output and dS
   static constexpr int kLoaderRegisters = 24, kRegisters = 240;
 
   static constexpr int kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers), kWarps = 4 * kConsumers;
   static constexpr int kKeyBytes = kTileBytes<kKeys, kDim>, kQueryBytes = kTileBytes<kQueries, kDim>;
   static constexpr int kScoreBytes = kTileBytes<kKeys, kQueries>, kSumBytes = kQueries * kDim * 4;
-  static constexpr int kBytes = 2 * kKeyBytes + 2 * kStages * kQueryBytes + 2 * kScoreBytes + kSumBytes +
+  static constexpr int kBytes = 2 * kKeyBytes + 2 * kStages * kQueryBytes + kStages * kScoreBytes + kSumBytes +
                                 kStages * static_cast<int>(kQueries * sizeof(RowPair) + sizeof(HopperBackwardStep)) +
                                 128;
   static_assert(kKeys == 64 * kConsumers && kQueries == 64, "a warpgroup's products have 64 rows");
+  static_assert(kStages >= 2, "dS is written while the last one is read");
   static_assert(kBytes <= kHopperShared && kWarpgroup * (kLoaderRegisters + kConsumers * kRegisters) <= 65536,
                 "beyond a multiprocessor");
 };
@@ -155,7 +156,7 @@ __device__ __forceinline__ void load_backward_tiles(
         load_panels<Tile::kQueries, kDim>(q_tiles + ring.stage * Tile::kQueryBytes, maps.query, full, row, head, batch);
         load_panels<Tile::kQueries, kDim>(g_tiles + ring.stage * Tile::kQueryBytes, maps.grad_output, full, row, head,
                                           batch);
-        const int64_t place = (int64_t{p.deterministic ? copy * p.batch : 0} + b) * p.heads + head;
+        const int64_t place = ((p.deterministic ? int64_t{copy} * p.batch : 0) + b) * p.heads + head;
         stages[ring.stage] = {plan.sums + (place * plan.query_tiles + query_tile) * (Tile::kQueries * kDim), head,
                               query0, sequence.queries - query0};
       }
@@ -211,7 +212,7 @@ __device__ __forceinline__ void weigh_scores(const AttentionBackwardParams& p, c
 
 template <class T, int kDim, bool kPlain>
 __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
-    attention_backward_hopper_kernel(const __grid_constant__ HopperBackwardMaps maps, const AttentionBackwardParams p,
+    attention_hopper_backward_kernel(const __grid_constant__ HopperBackwardMaps maps, const AttentionBackwardParams p,
                                      const HopperBackwardPlan plan) {
   if constexpr (kHopper) {
     using Tile = HopperBackwardTile<kDim>;
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
     char* v_tile = shared.take<char>(Tile::kKeyBytes, kAtomBytes);
     char* q_tiles = shared.take<char>(Tile::kStages * Tile::kQueryBytes, kAtomBytes);
     char* g_tiles = shared.take<char>(Tile::kStages * Tile::kQueryBytes, kAtomBytes);
-    char* ds_tiles = shared.take<char>(2 * Tile::kScoreBytes, kAtomBytes);  // keys x queries
+    char* ds_tiles = shared.take<char>(Tile::kStages * Tile::kScoreBytes, kAtomBytes);  // keys x queries
     float* staged_sums = shared.take<float>(kQueries * kDim, 128);
     RowPair* row_statistics = shared.take<RowPair>(Tile::kStages * kQueries);
     HopperBackwardStep* stages = shared.take<HopperBackwardStep>(Tile::kStages);
@@ -354,11 +355,11 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
           wgmma_fence();
           multiply_columns<T, kDim, kQueries>(grad_k, grads_left, q_tile);
           wgmma_commit();
-          named_barrier(kAll, kConsumerThreads);  // dS is there, and both are done with the tile before the last one's
+          float* sums = stage.sums;
+          named_barrier(kAll, kConsumerThreads);  // dS is there, and both are done with the last dQ
           wgmma_fence();
           multiply_depth<T, kDim / 2, kKeys>(grad_q, ds_tile, k_cols);
           wgmma_commit();
-          float* sums = stage.sums;
           wgmma_wait<1>();
           if (lane == 0) mbarrier_arrive(&barriers.empty[ring.stage]);
           ring.advance();
@@ -439,7 +440,7 @@ int launch_hopper_tiles(const AttentionBackwardParams& p, const HopperBackwardPl
                                 panel_map<T>(p.key, of_keys, p.head_dim, Tile::kKeys),
                                 panel_map<T>(p.value, of_keys, p.value_dim, Tile::kKeys),
                                 panel_map<T>(p.grad_output, of_queries, p.value_dim, Tile::kQueries)};
-  return launch(attention_backward_hopper_kernel<T, kDim, kPlain>,
+  return launch(attention_hopper_backward_kernel<T, kDim, kPlain>,
                 attention_grid(int64_t{p.batch} * p.kv_heads * plan.copies, Tile::kThreads, Tile::kBytes, stream), maps,
                 p, plan);
 }

@@ -9,10 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bigkern
 from bigkern.ops import _extension
 from bigkern.ops.attention import _cuda
+from tests import numerics
 from tests.conftest import pick
 from tests.kernels.test_attention import BF16, F16, FEATURES, OPTIONS, arguments, check
+from tests.ops.attention_cases import Case, pairwise
 
 KEYS, QUERIES = 128, 64
 
@@ -80,6 +83,19 @@ def test_every_instance(dtype, dim, features, device):
     """Two tiles of keys and three of queries, the last ones ragged, of two heads."""
     tensors, options = arguments((150, 200), (dim, dim), dtype, device, (2, 1), **(FEATURES if features else {}))
     check(tensors, options, deterministic=dtype == F16)
+
+
+def served(case: Case) -> bool:
+    dims = (case.head_dim, case.value_dim or case.head_dim)
+    return case.dtype != torch.float32 and case.layout not in ("odd", "inner") and set(dims) <= {8, 24, 40, 96, 128}
+
+
+@pytest.mark.parametrize("case", pick(filter(served, pairwise(400)), [*filter(served, pairwise(1))][::2]), ids=str)
+def test_features_crossed(case, device):
+    """Through the public op: layouts, masks of every shape, windows, heads that share keys, lse."""
+    inputs = case.inputs(device)
+    with bigkern.use_backend("cuda"):
+        numerics.check(case.kernel, case.reference, inputs, names=("query", "key", "value", "attn_mask")[: len(inputs)])
 
 
 @pytest.mark.parametrize(

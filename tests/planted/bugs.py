@@ -38,6 +38,7 @@ ATTENTION_SCORES = "csrc/kernels/attention_scores.cuh"
 ATTENTION_HOPPER = "csrc/kernels/attention_hopper.cuh"
 ATTENTION_HOPPER_FORWARD = "csrc/kernels/attention_hopper_forward.cuh"
 DECODE = "csrc/kernels/attention_decode.cuh"
+HOPPER_BACKWARD = "csrc/kernels/attention_hopper_backward.cuh"
 
 BUGS = [
     Bug(
@@ -542,6 +543,78 @@ BUGS = [
         "    if (row >= rows || col >= cols) continue;",
         "    if (col >= cols) continue;",
         "asan",
+    ),
+    Bug(
+        "dS not fenced before wgmma reads it",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "          fence_proxy_async();\n          wgmma_fence();\n",
+        "          wgmma_fence();\n",
+        "race",
+    ),
+    Bug(
+        "no barrier between the halves of dS",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "          named_barrier(kAll, kConsumerThreads);  // dS is there",
+        "          // dS is there",
+        "race",
+    ),
+    Bug(
+        "dQ read while wgmma writes it",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "          wgmma_wait<1>(grad_q);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "one tile of dS for all steps",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "ds_tiles + ring.stage * Tile::kScoreBytes",
+        "ds_tiles",
+        "race",
+    ),
+    Bug(
+        "dQ staged over the sums that are read",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "          if (lane == 0) bulk_wait_read<0>();\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "rows handed back while dK reads them",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "          wgmma_wait<1>();\n          if (lane == 0) mbarrier_arrive(&barriers.empty",
+        "          if (lane == 0) mbarrier_arrive(&barriers.empty",
+        "race",
+    ),
+    Bug(
+        "MN-major steps of a K-major stride",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "right + k * kPanelRowBytes / 16, k > 0);",
+        "right + k * 2 / 16, k > 0);",
+        "plain",
+    ),
+    Bug(
+        "backward draws dropout by the tile's first query",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "stage.head) * p.seqlen_q + query0;",
+        "stage.head) * p.seqlen_q + stage.rows;",
+        "plain",
+    ),
+    Bug(
+        "the next sequence's rows left in the tile",
+        "attention_hopper_backward",
+        HOPPER_BACKWARD,
+        "clear_rows<kQueries, kDim>(g_tiles + ring.stage * Tile::kQueryBytes, rows,",
+        "clear_rows<kQueries, kDim>(g_tiles + ring.stage * Tile::kQueryBytes, kQueries,",
+        "plain",
     ),
     Bug(
         "parts of a sequence overlap by a key",
