@@ -32,6 +32,9 @@ struct HopperTile {
 constexpr HopperTile kHopperTiles[] = {{256, 128, 4}, {256, 64, 4}, {128, 64, 4}};
 constexpr int kHopperTileCount = sizeof(kHopperTiles) / sizeof(kHopperTiles[0]);
 
+// Lines of a slab start at multiples of this many pixels: 1, or 8 if a GPU should swizzle tiles that start within an
+// atom of 1,024 bytes otherwise than conv_hopper.cuh takes it.
+constexpr int kHopperPitch = 1;
 constexpr int kHopperSlice = 32;  // filters whose results are stored at once
 // Of the channels that are multiplied, those that must be real: the sm_80 path multiplies at about 0.6 of wgmma's rate.
 constexpr double kHopperLeastUse = 0.6;
@@ -174,7 +177,8 @@ inline bool plan_slabs(const GemmParams& p, const HopperTile& tile, bool flat, H
     }
     if (p.pool_tile == PoolTile::kBox) width = covered = p.box_w;
     const int rows = hopper_rows(p, pooled ? p.windows : tile.rows, pooled ? 1 : strips, width, reach_h);
-    const int64_t pitch = int64_t{covered} + reach_w, slab = round_up<int64_t>(rows * pitch, 8);
+    const int64_t pitch = round_up<int64_t>(int64_t{covered} + reach_w, kHopperPitch);
+    const int64_t slab = round_up<int64_t>(rows * pitch, 8);
     if (pitch <= kHopperMostBox && 2 * slab <= ring) {
       layout.strips = pooled ? 1 : ceil_div(columns, width);
       layout.strip_width = width;
