@@ -14,6 +14,8 @@
 //   tensor
 //                       cores, or by fused multiply-adds for fp32 without TF32. Chunks of channels by cp.async, single
 //                       elements where channels are few (stems) or no whole chunks.
+//   conv_hopper.cuh     the same on sm_90a for 16-bit elements in whole chunks, without groups: TMA and wgmma, pixels
+//                       loaded once for all taps; conv_hopper_plan.cuh says which shapes it takes
 //   conv_epilogue.cuh   bias, activation, and max pool where windows fit a tile; else
 //   conv_pool.cuh       the pool as a pass of its own; and the way back through pool and activation
 //   conv_weight.cuh     weight and bias gradients

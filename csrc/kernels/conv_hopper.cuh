@@ -97,11 +97,16 @@ struct HopperRun {
     const int unit = pooled ? p.pool.stride_h : 1, cover = pooled ? p.pool.kernel_h : 1;
     const int64_t begin = tile.m * count, end = min(begin + count, p.images * layout.strips * height * width) - 1;
     const int64_t line0 = begin / width, line1 = end / width, image0 = line0 / height, image1 = line1 / height;
-    const int first = static_cast<int>(line0 - image0 * height), last = static_cast<int>(line1 - image1 * height);
-    const int full = (height - 1) * unit + cover, following = static_cast<int>(image1 - image0);
-    return {
-        image0, first * unit,       0, following, (following > 0 ? height - 1 - first : last - first) * unit + cover,
-        full,   last * unit + cover};
+    const int begins = static_cast<int>(line0 - image0 * height), ends = static_cast<int>(line1 - image1 * height);
+    HopperRun run;
+    run.image = static_cast<int>(image0);
+    run.line = begins * unit;
+    run.column = 0;
+    run.following = static_cast<int>(image1 - image0);
+    run.first = ((run.following > 0 ? height - 1 : ends) - begins) * unit + cover;
+    run.full = (height - 1) * unit + cover;
+    run.last = ends * unit + cover;
+    return run;
   }
 
   // Lines to be loaded: each image's, and those its last taps reach.

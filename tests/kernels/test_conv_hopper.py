@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import random
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bigkern
+from benchmarks import conv as benchmark
+from benchmarks.conv_counters import Shape
 from bigkern.ops import _extension, conv2d
 from bigkern.ops.conv import _cuda
-from tests import numerics
+from bigkern.ops.conv._schema import pooled_size
+from tests import emulated, numerics
 from tests.conftest import pick
 from tests.kernels.test_conv import BF16, F16, F32, Conv, cases, check, forward, operands, randn, strided
 
@@ -94,6 +99,34 @@ def test_paths(name, dtype, channels_last, device, kernels):
     assert counted(kernels, backward_input, conv, grad, weight, channels_last)[0] > 0
 
 
+def small(count: int) -> list[tuple]:
+    """(convolution, dtype, layout): every argument free."""
+    draw = random.Random(11)
+    found = []
+    while len(found) < count:
+        pair = lambda *values: (draw.choice(values), draw.choice(values))  # noqa: E731
+        channels, filters = draw.choice([24, 32, 40, 72]), draw.choice([24, 32, 72])
+        window = pair(1, 2, 3, 3, 5), pair(1, 1, 2, 3), pair(0, 1, 2), pair(1, 1, 2, 3)
+        conv = Conv(draw.choice([1, 2, 5]), channels, pair(1, 4, 7, 8, 11), filters, *window)
+        conv = replace(conv, activation=draw.randrange(5), bias=draw.random() < 0.7)
+        if draw.random() < 0.4:
+            extents = pair(1, 2, 3)
+            padding = tuple(draw.randint(0, extent // 2) for extent in extents)
+            conv = replace(conv, pool=(*extents, *pair(1, 2, 3), *padding))
+        if min(conv.conv_size) >= 1 and min(pooled_size(conv.conv_size, conv.pool)) >= 1:
+            found.append((conv, draw.choice([BF16, F16]), draw.random() < 0.6))
+    return found
+
+
+GENERATED = small(160)
+
+
+@pytest.mark.parametrize("index", pick(range(len(GENERATED)), range(12)))
+def test_generated(index, device):
+    conv, dtype, channels_last = GENERATED[index]
+    check(conv, dtype, device, channels_last)
+
+
 @pytest.mark.emulated
 @pytest.mark.parametrize(
     "conv, dtype, served",
@@ -123,6 +156,90 @@ def test_other_architectures_run_other_kernels(kernels):
     for capability in (80, 89, 100, 120):
         kernels.set_options(compute_capability=capability)
         assert counted(kernels, forward, conv, *operands(conv, BF16, "cpu"), True) == (0, 0)
+
+
+class Plan(NamedTuple):
+    tile: int
+    rows: int
+    ring: int
+    strips: int
+    pitch: int
+    slab: int
+    slabs: int
+    tiles: int
+    most: int
+    """Pixels that a tile loads to a slab, of all tiles the most."""
+
+
+class Pool(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int) for name in ("k_h", "k_w", "s_h", "s_w", "p_h", "p_w", "out_h", "out_w"))
+
+
+@pytest.fixture(scope="module")
+def planner():
+    library = emulated.build_library(["tests/kernels/conv_hopper_plan.cu"], "plain", "conv_hopper_plan")
+    return emulated.open_library(library, "plain")
+
+
+def plan(planner, conv: Conv, transposed: bool) -> Plan | None:
+    sizes = (conv.images, conv.channels, *conv.size, conv.filters, *conv.kernel, *conv.conv_size)
+    shape = Shape(*sizes, *conv.stride, *conv.padding, *conv.dilation, conv.groups)
+    pooled = conv.pool and not transposed
+    pool = Pool(*conv.pool, *pooled_size(conv.conv_size, conv.pool)) if pooled else Pool()
+    found = (ctypes.c_int64 * 9)()
+    planner.functions.conv_hopper_plan(ctypes.byref(shape), ctypes.byref(pool), transposed, found)
+    return Plan(*found) if found[0] >= 0 else None
+
+
+def large(count: int) -> list[Conv]:
+    draw = random.Random(3)
+    found = []
+    while len(found) < count:
+        pair = lambda *values: (draw.choice(values), draw.choice(values))  # noqa: E731
+        conv = Conv(
+            draw.choice([1, 2, 5, 32]),
+            draw.choice([32, 64, 104]),
+            pair(1, 5, 7, 13, 14, 28, 37, 56, 113),
+            draw.choice([32, 64, 136, 512]),
+            pair(1, 2, 3, 3, 5, 7),
+            pair(1, 1, 2, 3),
+            pair(0, 1, 3),
+            pair(1, 1, 2),
+            pool=draw.choice([(), (), (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1), (2, 3, 3, 4, 0, 0)]),
+        )
+        if min(conv.conv_size) >= 1 and min(pooled_size(conv.conv_size, conv.pool)) >= 1:
+            found.append(conv)
+    return found
+
+
+@pytest.mark.emulated
+def test_slabs_hold_what_every_tile_loads(planner):
+    """Of shapes too large to run here; no kernel runs."""
+    planner.control.set_options(multiprocessors=132)
+    served, tiles = 0, set()
+    for conv in large(pick([1000], [250])[0]):
+        for transposed in (False, True):
+            found = plan(planner, conv, transposed)
+            if found is None:
+                continue
+            served += 1
+            tiles.add(found.tile)
+            assert found.most <= found.slab and found.slab * found.slabs <= found.ring and found.slabs >= 2, conv
+            assert found.pitch <= 256, conv
+    assert served > 200 and tiles == {0, 1, 2}
+
+
+@pytest.mark.emulated
+def test_resnet_is_served(planner):
+    """All its convolutions of 16-bit elements but the stem's forward, in two slabs at least."""
+    planner.control.set_options(multiprocessors=132)
+    for shape in benchmark.SHAPES["cuda"]:
+        images, channels, height, width, filters, kernel, stride, padding, groups = shape
+        if images != 256 or groups > 1 or channels < 32:
+            continue
+        square = ((kernel, kernel), (stride, stride), (padding, padding))
+        conv = Conv(images, channels, (height, width), filters, *square)
+        assert plan(planner, conv, False) and plan(planner, conv, True), shape
 
 
 # Of a tile on one multiprocessor: 16 x 16 places, 2 steps of channels.
