@@ -46,7 +46,9 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
 
 
 @pytest.mark.parametrize("build", ["plain", "asan", "race"])
-@pytest.mark.parametrize("kernel", ["tile_gemm", "layer_norm", "adam", "conv", "rnn", "attention", "attention_decode"])
+@pytest.mark.parametrize(
+    "kernel", ["tile_gemm", "layer_norm", "layer_norm_cluster", "adam", "conv", "rnn", "attention", "attention_decode"]
+)
 def test_sound_kernels_pass(kernel, build):
     assert trial(kernel, build, f"sound_{kernel}") == ("", "")
 
