@@ -170,7 +170,7 @@ def test_equal_inputs_give_equal_bits(cols, device, control):
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("rows, cols", [(2, 8200), (3, 4098)])
+@pytest.mark.parametrize("rows, cols", [(1, 8200), (3, 4098)])
 def test_small(rows, cols, device, control):
     """Both kernels of each direction, small enough for the race checker and AddressSanitizer."""
     if control:
@@ -208,10 +208,10 @@ def test_a_row_is_read_once():
     assert done.returncode == 0, done.stderr
     counts = iter(json.loads(done.stdout))
     matrix, statistics = 2 * 16416, 8
-    threads = 2 * 512  # each loads the statistics of its row
+    threads = 4 * 512  # backward, of which each loads the statistics of its row
     for tensors in (1, 2):
         forward, backward = next(counts), next(counts)
         assert forward["global_load_bytes"] == tensors * matrix
         assert forward["global_store_bytes"] == tensors * matrix + statistics
-        assert 2 * matrix <= backward["global_load_bytes"] <= 2 * matrix + statistics * threads * 4
+        assert backward["global_load_bytes"] == 2 * matrix + statistics * threads
         assert backward["global_store_bytes"] == matrix

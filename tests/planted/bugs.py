@@ -199,7 +199,7 @@ BUGS = [
         "the other blocks' sums not waited for",
         "layer_norm_cluster",
         NORM_CLUSTER,
-        "    mbarrier_wait_cluster(&landed[buffer], turn >> 1 & 1);\n",
+        "    mbarrier_wait(&landed[buffer], turn >> 1 & 1);\n",
         "",
         "race",
     ),
