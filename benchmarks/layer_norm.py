@@ -60,6 +60,14 @@ static_plan = [
     KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, [48], ", 256, _BACKWARD, vectorised=True),
     KernelPlan(r"^layer_norm_backward_apply_kernel<\w+, 1, ", 256, _BACKWARD),
     KernelPlan(r"^layer_norm_parameter_gradients_kernel<", 256, _FORWARD),
+    # Clusters: empty but on sm_90a.
+    KernelPlan(
+        r"^layer_norm_forward_cluster_kernel<(__nv_bfloat16|__half), 8>", 512, _FORWARD, requires={"sm_90a": "LDG.128"}
+    ),
+    KernelPlan(r"^layer_norm_forward_cluster_kernel<float, 4>", 512, 128, requires={"sm_90a": "LDG.128"}),
+    KernelPlan(r"^layer_norm_forward_cluster_kernel<\w+, 1>", 512, _FORWARD),
+    KernelPlan(r"^layer_norm_backward_cluster_kernel<\w+, [48]>", 512, _BACKWARD, requires={"sm_90a": "LDG.128"}),
+    KernelPlan(r"^layer_norm_backward_cluster_kernel<\w+, 1>", 512, _BACKWARD),
 ]
 
 

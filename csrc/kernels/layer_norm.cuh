@@ -28,7 +28,7 @@
 // row in shared memory where two blocks fit a multiprocessor; wider rows, and rows too few to occupy the GPU, are cut
 // into chunks: a first kernel reduces each chunk to (mean, squares about it), a second combines the chunks of its row
 // and normalises. The second read of a chunk is served by L2, since the rows of one pair of launches are kept below
-// kWideBytes.
+// kWideBytes. On compute capability 90 a cluster of blocks holds such rows and reads them once: layer_norm_cluster.cuh.
 //
 // Backward: a persistent grid. Each thread keeps its columns' parameter sums over all rows of its block, in registers,
 // or in shared memory from 1024 to 2048 vectors a row, and holds the next row's loads in flight while it works on this
@@ -53,6 +53,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <type_traits>
 
 namespace bigkern {
@@ -460,8 +461,13 @@ inline LaunchConfig grid_of(int64_t blocks, int threads, size_t shared_bytes, St
   return {dim3(blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0), dim3(threads), shared_bytes, stream};
 }
 
+// layer_norm_cluster.cuh: nothing where the device has no clusters, or none that holds a row.
+template <class T, int V>
+std::optional<int> launch_forward_cluster(const LayerNormForwardParams& p, Stream stream);
+
 template <class T, int V>
 int launch_forward_wide(const LayerNormForwardParams& p, Stream stream, const Allocate& allocate) {
+  if (const std::optional<int> done = launch_forward_cluster<T, V>(p, stream)) return *done;
   constexpr int kThreads = 256, kTileCols = kThreads * kForwardItems<V> * V;
   const WidePlan plan = plan_wide(p.rows, p.cols, kTileCols, p.cols * static_cast<int64_t>(sizeof(T)));
   float2* partial = static_cast<float2*>(allocate(plan.rows * plan.chunks * sizeof(float2)));
@@ -948,7 +954,11 @@ int launch_backward_persistent(void (*kernel)(LayerNormBackwardParams, PartialSu
 }
 
 template <class T, int V>
+std::optional<int> launch_backward_cluster(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate);
+
+template <class T, int V>
 int launch_backward_wide(const LayerNormBackwardParams& p, Stream stream, const Allocate& allocate) {
+  if (const std::optional<int> done = launch_backward_cluster<T, V>(p, stream, allocate)) return *done;
   constexpr int kThreads = 256, kTileCols = kThreads * kBackwardItems<V> * V;
   const auto apply = layer_norm_backward_apply_kernel<T, V, kThreads>;
   const WidePlan plan = plan_wide(p.rows, p.cols, kTileCols, 2 * p.cols * static_cast<int64_t>(sizeof(T)));
@@ -1014,3 +1024,5 @@ int layer_norm_backward(const LayerNormBackwardParams& p, Stream stream, const A
 }
 
 }  // namespace bigkern
+
+#include "kernels/layer_norm_cluster.cuh"

@@ -24,6 +24,7 @@ class Bug(NamedTuple):
 
 TILE = "tests/planted/tile_gemm.cu"
 NORM = "csrc/kernels/layer_norm.cuh"
+NORM_CLUSTER = "csrc/kernels/layer_norm_cluster.cuh"
 CONV = "csrc/kernels/conv.cuh"
 CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
 CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
@@ -189,6 +190,38 @@ BUGS = [
         "  __syncthreads();  // an earlier call's readers are done\n",
         "",
         "race",
+    ),
+    Bug(
+        "stores to blocks that may not have started",
+        "layer_norm_cluster",
+        NORM_CLUSTER,
+        "    cluster_wait();\n    const float4* parts",
+        "    const float4* parts",
+        "plain",
+    ),
+    Bug(
+        "the other blocks' sums not waited for",
+        "layer_norm_cluster",
+        NORM_CLUSTER,
+        "    mbarrier_wait(&landed[buffer], turn >> 1 & 1);\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "parts of the row under their neighbours' ranks",
+        "layer_norm_cluster",
+        NORM_CLUSTER,
+        "&values[buffer * kMaxCluster + cluster_rank()]",
+        "&values[buffer * kMaxCluster + (cluster_rank() ^ 1)]",
+        "plain",
+    ),
+    Bug(
+        "waits for the bytes of one block only",
+        "layer_norm_cluster",
+        NORM_CLUSTER,
+        "size * sizeof(Value)",
+        "sizeof(Value)",
+        "plain",
     ),
     Bug(
         "halo of the pooled box one column short",

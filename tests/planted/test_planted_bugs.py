@@ -51,6 +51,7 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
     [
         "tile_gemm",
         "layer_norm",
+        "layer_norm_cluster",
         "adam",
         "conv",
         "conv_hopper",

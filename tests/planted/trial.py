@@ -72,7 +72,17 @@ def layer_norm(library: ctypes.CDLL) -> str | None:
     The last case is a far row stride, in address space that is reserved but never touched.
     """
     cases = [(13, 12, 12), (5, 200, 200), (6, 1000, 1000), (9, 77, 80), (5, 9216, 9216), (2, 30000, 30000)]
-    for rows, cols, stride in [*cases, (3, 8, (1 << 30) + 8)]:
+    return normalise(library.run_layer_norm, [*cases, (3, 8, (1 << 30) + 8)])
+
+
+def layer_norm_cluster(library: ctypes.CDLL) -> str | None:
+    """Clusters of two and four blocks, vectors and single elements; backward, one cluster takes all rows."""
+    return normalise(library.run_layer_norm_cluster, [(4, 4100, 4100), (2, 12000, 12000), (3, 4099, 4099)])
+
+
+def normalise(run, cases: list[tuple[int, int, int]]) -> str | None:
+    """Forward and backward of matrices of so many rows and columns with such a row stride."""
+    for rows, cols, stride in cases:
         rng = np.random.default_rng(cols)
         x = np.empty((rows - 1) * stride + cols, np.float32)  # untouched pages cost nothing
         rows_of_x = np.lib.stride_tricks.as_strided(x, (rows, cols), (4 * stride, 4))
@@ -83,7 +93,7 @@ def layer_norm(library: ctypes.CDLL) -> str | None:
         grad_weight, grad_bias = (np.full(cols, np.nan, np.float32) for _ in range(2))
         arrays = [pointer(v) for v in (weight, bias, grad, output, grad_input, grad_weight, grad_bias)]
         sizes = [ctypes.c_int64(rows), ctypes.c_int64(cols)]
-        failure = call(library.run_layer_norm, pointer(x), ctypes.c_int64(stride), *arrays, *sizes)
+        failure = call(run, pointer(x), ctypes.c_int64(stride), *arrays, *sizes)
 
         exact = rows_of_x.astype(np.float64)
         mean, rstd = exact.mean(1, keepdims=True), 1 / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
@@ -508,6 +518,7 @@ def attention_decode(library: ctypes.CDLL) -> str | None:
 ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
 GPUS = {
     "adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3),
+    "layer_norm_cluster": dict(workers=1, multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90),
     "rnn": dict(workers=1, multiprocessors=8, blocks_per_multiprocessor=1),
     "attention_decode": dict(multiprocessors=4, blocks_per_multiprocessor=1),
 }
@@ -518,6 +529,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
     run = {
         "tile_gemm": tile_gemm,
         "layer_norm": layer_norm,
+        "layer_norm_cluster": layer_norm_cluster,
         "adam": adam,
         "conv": conv,
         "conv_hopper": conv_hopper,

@@ -87,7 +87,8 @@ __device__ __forceinline__ void st_cluster(uint32_t address, T value) {
   }
 }
 
-// Stores value where p lies in block `rank`, at some time before the bytes, 4, 8 or 16, count on that block's barrier.
+// Stores value where p lies in block `rank`, at some time before the bytes, 4, 8 or 16, count on that block's barrier:
+// whoever waits there for the phase sees it, though not, without mbarrier_wait_cluster, what this thread wrote before.
 template <class T>
 __device__ __forceinline__ void st_async(T* p, T value, Mbarrier* barrier, uint32_t rank) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "st_async: 4, 8 or 16 bytes");
