@@ -34,14 +34,10 @@ Results lie in memory as (batch, rows, heads, dim).  Packed sequences are one ba
 import triton
 import triton.language as tl
 
-from bigkern.ops._triton_math import tanh
+from bigkern.ops._triton_math import exponential, tanh
 from bigkern.ops._triton_philox import dropout_keep
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-
-# ln(2): sixteen bits of it, whose products with whole numbers up to 2^8 are exact, and the rest.
-_LN2_HIGH = tl.constexpr(0.693145751953125)
-_LN2_LOW = tl.constexpr(1.42860682030941723212e-6)
 
 # What changes from call to call, or from layer to layer, without a change in the code.
 _VARYING = [
@@ -206,25 +202,12 @@ def _scores(
 
 
 @triton.jit
-def _exponential(difference, factor, PRECISION: tl.constexpr):
-    """2 to the power of a difference times factor."""
-    if PRECISION == "ieee":
-        # A difference of 10 times log2(e) rounds by 5e-7, which would be the weight's error; one below 0.35 does not.
-        difference = tl.where(difference < -150.0, -150.0, difference)  # whose exponential is 0; NaN passes
-        power = tl.floor(difference * factor + 0.5)
-        rest = difference - power * _LN2_HIGH - power * _LN2_LOW
-        return tl.exp2(power) * tl.exp2(rest * factor)
-    else:
-        return tl.exp2(difference * factor)
-
-
-@triton.jit
 def _weights(scores, base, factor, PLAIN: tl.constexpr, PRECISION: tl.constexpr):
     """The weights of a row, or column, whose ``base`` attention_backward_rows_kernel computed."""
     if PLAIN:
         return tl.exp2(tl.fma(scores, factor, -base))
     else:
-        return _exponential(scores - base, factor, PRECISION)
+        return exponential(scores - base, factor, PRECISION == "ieee")
 
 
 @triton.jit
@@ -351,8 +334,8 @@ def attention_forward_kernel(
             new_top = tl.maximum(top, tl.max(scores, 1))
             # A row that sees nothing yet: its sums stay 0 whatever they are multiplied with.
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            weights = _exponential(scores - base[:, None], factor, PRECISION)
-            rescale = _exponential(top - base, factor, PRECISION)
+            weights = exponential(scores - base[:, None], factor, PRECISION == "ieee")
+            rescale = exponential(top - base, factor, PRECISION == "ieee")
             total = total * rescale + tl.sum(weights, 1)
             if philox is not None:
                 keep = _kept(
