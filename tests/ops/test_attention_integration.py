@@ -71,13 +71,13 @@ def test_raw_ops(backend, device, dtype, features):
         options = [bias.unsqueeze(0), slopes, None, None, 6, 9, 4, 2, True, 4.0, 0.5, 0.3, PHILOX.to(device), False]
     expected = _torch.forward(q, k, v, *options)
     grads = [torch.randn(1, 2, 6, 8, device=device).to(dtype), torch.randn(1, 2, 6, device=device)]
-    expected_grads = _torch.backward(*grads, q, k, v, *expected, *options, features, False)
+    expected_grads = _torch.backward(*grads, q, k, v, *expected, *options, features, False, False)
     if backend == "torch":
         assert all(x.isfinite().all() for x in (*expected, *expected_grads))
         return
     raw = getattr(torch.ops, f"bigkern_{backend}")
     found = raw.attention_forward.default(q, k, v, *options)
-    backward = (*grads, q, k, v, *found, *options, features, False)
+    backward = (*grads, q, k, v, *found, *options, features, False, False)
     found_grads = raw.attention_backward.default(*backward)
     for mine, its in zip(found + found_grads, expected + expected_grads, strict=True):
         assert mine.shape == its.shape and mine.dtype == its.dtype

@@ -96,9 +96,10 @@ def backward(
     philox: Tensor | None,
     tf32: bool,
     need_grad_mask: bool,
+    need_grad_slopes: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_query, grad_key, grad_value, grad_mask); see _schema.py."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_query, grad_key, grad_value, grad_mask, grad_slopes); see _schema.py."""
     return torch.ops.bigkern_cuda.attention_backward.default(
         grad_output,
         grad_lse,
@@ -122,5 +123,6 @@ def backward(
         philox,
         tf32,
         need_grad_mask,
+        need_grad_slopes,
         deterministic,
     )
