@@ -146,7 +146,9 @@ def test_the_second_derivative_keeps_nothing_alive():
 def test_gradient_of_alibi_slopes(backend, device):
     slopes = torch.tensor([0.5, 0.25], device=device, requires_grad=True)
     inputs = tensors(device=device)
-    if backend != "torch":
+    if backend == "triton":
+        pytest.skip("see tests/triton/test_attention.py")
+    if backend == "cuda":
         with pytest.raises(bigkern.BackendError, match=r"alibi_slopes requires a gradient(.|\n)*What works"):
             attention(*inputs, alibi_slopes=slopes)
         with torch.no_grad():

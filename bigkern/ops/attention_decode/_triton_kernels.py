@@ -14,9 +14,9 @@ in the parts' order; a single part writes the results itself.
 Append, in the same launch: new rows are read from ``key`` and ``value``, never from the caches, so that it does not
 matter when they are written there; the programs of the first rows do, each its share.
 
-Sums and statistics are fp32.  Weights are rounded to the inputs' dtype for the product; fp32 products are three of TF32.
-Rows are padded to BLOCK_D and BLOCK_V columns, powers of two, by masked loads.  Strides come in units of ALIGN elements
-(_triton_support.alignment says why).  Offsets are int64.
+Sums and statistics are fp32.  Weights are rounded to the dtype of the inputs for the product; an fp32 product is three
+of TF32.  Rows are padded to BLOCK_D and BLOCK_V columns, powers of two, by masked loads.  Strides come in units of
+ALIGN elements (_triton_support.alignment says why).  Offsets are int64.
 """
 
 import triton
