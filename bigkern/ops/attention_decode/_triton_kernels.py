@@ -47,15 +47,21 @@ def _head_start(tensor, batch, head, stride_batch, stride_head, ALIGN: tl.conste
 
 @triton.jit
 def _load_rows(
-    cache, cache_row, fresh, fresh_row, row, length, inside, DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+    cache, cache_row, fresh, fresh_row, row, length, inside, NEW: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """BLOCK columns of a head's rows, of which those from ``length`` on are new ones; zeros where not ``inside``."""
+    """BLOCK columns of a head's rows, zeros where not ``inside``; where NEW, those from ``length`` on are new ones."""
     col = tl.arange(0, BLOCK)[None, :]
+    inside = inside[:, None] & (col < DIM)
     start = cache + row.to(tl.int64)[:, None] * cache_row * ALIGN
-    if fresh is not None:
+    if NEW:
+        # Two loads: one from selected addresses would be narrow, for all that the compiler knows.
+        old = row[:, None] < length
         new = fresh + (row - length).to(tl.int64)[:, None] * fresh_row * ALIGN
-        start = tl.where(row[:, None] < length, start, new)
-    return tl.load(start + col, mask=inside[:, None] & (col < DIM), other=0.0)
+        held = tl.load(start + col, mask=inside & old, other=0.0)
+        return tl.where(old, held, tl.load(new + col, mask=inside & (row[:, None] >= length), other=0.0))
+    else:
+        return tl.load(start + col, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -179,27 +185,37 @@ def attention_decode_kernel(
     acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for index in tl.range(split * part, tl.minimum((split + 1) * part, count), num_stages=STAGES):
-        j = (first + index) * KEYS + tl.arange(0, KEYS)
-        held = (j >= begin) & (j < stop)
-        k = _load_rows(k_start, key_cache_row, k_fresh, key_row, j, length, held, HEAD_DIM, BLOCK_D, ALIGN)
-        v = _load_rows(v_start, value_cache_row, v_fresh, value_row, j, length, held, VALUE_DIM, BLOCK_V, ALIGN)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if SOFTCAP:
-            scores = softcap * tanh(scores / softcap)
-        distance = j[None, :] - position[:, None]
-        if slope is not None:
-            scores -= slope * tl.abs(distance.to(tl.float32))
-        seen = held[None, :] & (distance >= -window_left) & (distance <= window_right)
-        scores = tl.where(seen, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # A row that sees nothing yet: its sums stay 0 whatever they are multiplied with.
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = exponential(scores - base[:, None], _LOG2E, EXACT)
-        rescale = exponential(top - base, _LOG2E, EXACT)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-        top = new_top
+    NEW_TILES: tl.constexpr = 0 if key is None else 1
+    from_tile, to_tile = tl.minimum(split * part, count), tl.minimum((split + 1) * part, count)
+    # Tiles of rows that the caches hold, then those with new rows among them.
+    held_tiles = tl.minimum(tl.maximum(length // KEYS - first, from_tile), to_tile) if NEW_TILES else to_tile
+    for new in tl.static_range(0, NEW_TILES + 1):
+        # New rows are few: what they had in flight would only take shared memory.
+        for index in tl.range(
+            held_tiles if new else from_tile, to_tile if new else held_tiles, num_stages=1 if new else STAGES
+        ):
+            j = (first + index) * KEYS + tl.arange(0, KEYS)
+            held = (j >= begin) & (j < stop)
+            k = _load_rows(k_start, key_cache_row, k_fresh, key_row, j, length, held, new, HEAD_DIM, BLOCK_D, ALIGN)
+            v = _load_rows(
+                v_start, value_cache_row, v_fresh, value_row, j, length, held, new, VALUE_DIM, BLOCK_V, ALIGN
+            )  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if SOFTCAP:
+                scores = softcap * tanh(scores / softcap)
+            distance = j[None, :] - position[:, None]
+            if slope is not None:
+                scores -= slope * tl.abs(distance.to(tl.float32))
+            seen = held[None, :] & (distance >= -window_left) & (distance <= window_right)
+            scores = tl.where(seen, scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            # A row that sees nothing yet: its sums stay 0 whatever they are multiplied with.
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)
+            weights = exponential(scores - base[:, None], _LOG2E, EXACT)
+            rescale = exponential(top - base, _LOG2E, EXACT)
+            total = total * rescale + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            top = new_top
 
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
