@@ -67,12 +67,15 @@ class KVCache:
         shape = (2, len(model.blocks), batch, block.num_heads, capacity, block.head_dim)
         self.keys, self.values = weight.new_empty(shape).unbind()
         self.capacity = capacity
-        self.used = 0
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=weight.device)  # ``used``, where the kernels read
+        self.used = 0  # of the longest text
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=weight.device)  # of each, where the kernels read
+        self.even = True  # whether all texts are as long
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, tokens: int, lengths: Tensor | None = None) -> None:
+        """By so many tokens; with ``lengths`` (N,), by so many of each text's."""
         self.used += tokens
-        self.lengths += tokens
+        self.lengths += tokens if lengths is None else lengths
+        self.even = self.even and lengths is None
 
 
 class GPT(nn.Module):
@@ -159,16 +162,20 @@ class GPT(nn.Module):
 
         return self._logits(self._hidden(tokens, 0, attend))
 
-    def read_on(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def read_on(self, tokens: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
         """(N, T) tokens that follow those in the cache -> (N, vocabulary) logits of the one that follows; no gradient.
 
-        Their keys and values join the cache. The kernels are :func:`bigkern.ops.attention` for the text that comes
-        first and :func:`bigkern.ops.attention_decode` for what follows, whatever ``layers`` the model is made of.
+        Their keys and values join the cache. ``lengths`` (N,), from 1 to T, says how many of each row's tokens are
+        text, where the others only fill up; for the first tokens of a cache. The kernels are
+        :func:`bigkern.ops.attention` for the text that comes first and :func:`bigkern.ops.attention_decode` for what
+        follows, whatever ``layers`` the model is made of.
         """
         length = tokens.shape[1]
         self._check_length(cache.used + length)
         if cache.used + length > cache.capacity:
             raise ValueError(f"cache: room for {cache.capacity} tokens, {cache.used} are used and {length} are to join")
+        if lengths is not None and cache.used:
+            raise ValueError("lengths: only the first texts of a cache may differ in length")
         numbers = {block: number for number, block in enumerate(self.blocks)}
 
         def attend(block: PreNormBlock, normed: Tensor) -> Tensor:
@@ -186,9 +193,9 @@ class GPT(nn.Module):
             return own.out_proj(attended.transpose(1, 2).flatten(2))
 
         with torch.no_grad():
-            hidden = self._hidden(tokens, cache.used, attend)
-            cache.advance(length)
-            return self._logits(hidden[:, -1])
+            hidden = self._hidden(tokens, cache.used if cache.even else cache.lengths, attend)
+            cache.advance(length, lengths)
+            return self._logits(_last(hidden, lengths))
 
     def generate(
         self,
@@ -202,10 +209,14 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         eos: int | None = None,
         use_cache: bool = True,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """(N, T) texts, of T >= 1 tokens each, with up to ``max_new_tokens`` more; in evaluation mode.
 
         Args:
+            lengths: (N,), integers from 1 to T: how many tokens each text has, where those behind them only fill up.
+                What is generated follows each text's own last token, as if it stood alone, and rows are filled up at
+                their end with ``eos``, without one with 0. None: T.
             temperature, top_k, top_p, do_sample, generator: see :func:`choose`.
             eos: the token that ends a text. A text that has ended is filled up with it, and when all have ended,
                 generation ends.
@@ -224,8 +235,16 @@ class GPT(nn.Module):
             generator=generator,
             eos=eos,
             use_cache=use_cache,
+            lengths=lengths,
         )
-        return torch.cat([tokens, *(token.unsqueeze(1) for token in new)], 1)
+        if lengths is None:
+            return torch.cat([tokens, *(token.unsqueeze(1) for token in new)], 1)
+        added = torch.cat([tokens[:, :0], *(token.unsqueeze(1) for token in new)], 1)
+        place = torch.arange(tokens.shape[1] + added.shape[1], device=tokens.device)
+        lengths = lengths.to(tokens.device, torch.int64).unsqueeze(1)
+        texts = functional.pad(tokens, (0, added.shape[1]))
+        texts = texts.masked_fill(place >= lengths, 0 if eos is None else eos)
+        return texts.scatter(1, lengths + place[: added.shape[1]], added)
 
     def stream(
         self,
@@ -239,6 +258,7 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         eos: int | None = None,
         use_cache: bool = True,
+        lengths: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """What :meth:`generate` adds, (N,) token by token as it comes."""
         if tokens.dim() != 2 or tokens.shape[1] < 1:
@@ -246,16 +266,21 @@ class GPT(nn.Module):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
         self._check_length(tokens.shape[1] + max_new_tokens)
+        if lengths is not None:
+            lengths = _checked_lengths(lengths, tokens)
         was_training = self.training
         self.eval()
         try:
             # The last token is never read, so the cache needs no room for it.
             cache = KVCache(self, tokens.shape[0], tokens.shape[1] + max_new_tokens - 1) if use_cache else None
             ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            unread = tokens
+            unread, unread_lengths = tokens, lengths
             for _ in range(max_new_tokens):
                 with torch.no_grad():
-                    logits = self(unread)[:, -1] if cache is None else self.read_on(unread, cache)
+                    if cache is None:
+                        logits = _last(self(unread), unread_lengths)
+                    else:
+                        logits = self.read_on(unread, cache, unread_lengths)
                     token = choose(logits, temperature, top_k, top_p, do_sample, generator)
                     if eos is not None:
                         token = token.masked_fill(ended, eos)
@@ -264,7 +289,13 @@ class GPT(nn.Module):
                 if eos is not None and ended.all():
                     return
                 added = token.unsqueeze(1)
-                unread = torch.cat([unread, added], 1) if cache is None else added
+                if cache is not None:
+                    unread, unread_lengths = added, None
+                elif lengths is None:
+                    unread = torch.cat([unread, added], 1)
+                else:
+                    unread = functional.pad(unread, (0, 1)).scatter(1, unread_lengths.unsqueeze(1), added)
+                    unread_lengths = unread_lengths + 1
         finally:
             self.train(was_training)
 
@@ -296,9 +327,14 @@ class GPT(nn.Module):
         pretrained.load(model, weights, weight_sources(len(model.blocks)), where=directory)
         return model.eval()
 
-    def _hidden(self, tokens: Tensor, start: int, attend: _Attend) -> Tensor:
-        """(N, T, dim) after the last norm, of tokens that stand at ``start`` and after."""
-        stream = self.dropout(self.tokens(tokens) + self.positions.weight[start : start + tokens.shape[1]])
+    def _hidden(self, tokens: Tensor, start: int | Tensor, attend: _Attend) -> Tensor:
+        """(N, T, dim) after the last norm, of tokens that stand at ``start`` and after; (N,) where texts differ."""
+        length = tokens.shape[1]
+        if isinstance(start, Tensor):
+            positions = self.positions(start.unsqueeze(1) + torch.arange(length, device=start.device))
+        else:
+            positions = self.positions.weight[start : start + length]
+        stream = self.dropout(self.tokens(tokens) + positions)
         normed = self.norm(stream)
         for block in self.blocks:
             normed, stream = block(normed, stream, attend(block, normed))
@@ -310,6 +346,23 @@ class GPT(nn.Module):
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
             raise ValueError(f"tokens: {length} positions, but max_length is {self.max_length}; shorten the text")
+
+
+def _last(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(N, T, ...) -> (N, ...): each text's last."""
+    if lengths is None:
+        return x[:, -1]
+    return x[torch.arange(x.shape[0], device=x.device), lengths - 1]
+
+
+def _checked_lengths(lengths: Tensor, tokens: Tensor) -> Tensor:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError("lengths: expected an int32 or int64 tensor, one length for each text")
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"lengths: expected shape ({tokens.shape[0]},), got {tuple(lengths.shape)}")
+    if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
+        raise ValueError(f"lengths: expected numbers from 1 to {tokens.shape[1]}, got {lengths.tolist()}")
+    return lengths.to(tokens.device, torch.int64)
 
 
 def choose(

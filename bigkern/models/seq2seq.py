@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bigkern.models.layers import BIGKERN, Layers
 from bigkern.models.transformer import PADDING, hidden_positions
 from bigkern.nn import PositionalEncoding
+from bigkern.ops import attention, attention_decode
 
 # The first of the target's tokens, after PADDING.
 START, END = 1, 2
@@ -22,6 +24,39 @@ class Beams(NamedTuple):
 
     tokens: Tensor
     scores: Tensor
+
+
+class DecoderCache:
+    """Each decoder block's keys and values: of the memory, and of the ``capacity`` tokens that ``beams`` texts a memory
+    may read."""
+
+    def __init__(
+        self, model: Seq2SeqTransformer, memory: Tensor, padding: Tensor | None, beams: int, capacity: int
+    ) -> None:
+        blocks = model.transformer.decoder.layers
+        own = blocks[0].self_attn
+        batch = memory.shape[0]
+        self.beams, self.used = beams, 0
+        self.lengths = torch.zeros(batch * beams, dtype=torch.int32, device=memory.device)
+        shape = (2, len(blocks), batch * beams, own.num_heads, capacity, own.head_dim)
+        self.keys, self.values = memory.new_empty(shape).unbind()
+        self.visible = None if padding is None else ~padding[:, None, None]
+        dim = own.embed_dim
+        self.memory = []
+        for block in blocks:
+            other = block.multihead_attn
+            projected = functional.linear(memory, other.in_proj_weight[dim:], other.in_proj_bias[dim:])
+            self.memory.append(tuple(_heads(part, other) for part in projected.chunk(2, 2)))
+
+    def reorder(self, texts: Tensor) -> None:
+        """Text i goes on from what was text ``texts[i]``."""
+        for rows in (self.keys, self.values):
+            rows[:, :, :, : self.used] = rows[:, texts, :, : self.used]
+
+
+def _heads(x: Tensor, attention: nn.MultiheadAttention) -> Tensor:
+    """(N, T, dim) -> (N, heads, T, head_dim), a view."""
+    return x.unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
 class Seq2SeqTransformer(nn.Module):
@@ -115,18 +150,48 @@ class Seq2SeqTransformer(nn.Module):
             )
         return self.output(hidden)
 
-    def greedy(self, source: Tensor, max_length: int | None = None) -> Tensor:
+    def read_on(self, token: Tensor, cache: DecoderCache) -> Tensor:
+        """(N,) tokens that follow those in the cache -> (N, target_vocabulary) logits of the one that follows.
+
+        As :meth:`decode` in evaluation mode, but a text's keys and values are computed once, and the memory's too, by
+        the cache. The kernels are :func:`bigkern.ops.attention_decode` and :func:`bigkern.ops.attention`, whatever
+        ``layers`` the model is made of. No gradient.
+        """
+        place, beams = cache.used, cache.beams
+        with torch.no_grad():
+            hidden = self.target(token).unsqueeze(1)
+            hidden = hidden + self.position.table[place].to(hidden.dtype)
+            for number, block in enumerate(self.transformer.decoder.layers):
+                own, other = block.self_attn, block.multihead_attn
+                projected = functional.linear(block.norm1(hidden), own.in_proj_weight, own.in_proj_bias)
+                query, key, value = (_heads(part, own) for part in projected.chunk(3, 2))
+                attended = attention_decode(query, cache.keys[number], cache.values[number], key, value, cache.lengths)
+                hidden = hidden + own.out_proj(attended.transpose(1, 2).flatten(2))
+                dim = other.embed_dim
+                query = functional.linear(block.norm2(hidden), other.in_proj_weight[:dim], other.in_proj_bias[:dim])
+                # A memory's texts are the rows of one query: its keys are read once for all of them.
+                query = _heads(query.view(-1, beams, dim), other)
+                attended = attention(query, *cache.memory[number], cache.visible)
+                hidden = hidden + other.out_proj(attended.transpose(1, 2).reshape(hidden.shape))
+                hidden = hidden + block.linear2(block.activation(block.linear1(block.norm3(hidden))))
+            cache.used += 1
+            cache.lengths += 1
+            return self.output(self.transformer.decoder.norm(hidden).squeeze(1))
+
+    def greedy(self, source: Tensor, max_length: int | None = None, *, use_cache: bool = True) -> Tensor:
         """(N, S) -> (N, T): the likeliest token at each step, up to and with ``END``, ``PADDING`` after it.
 
-        T is at most ``max_length`` (None: the model's); a text may be cut there, without ``END``.
+        T is at most ``max_length`` (None: the model's); a text may be cut there, without ``END``. ``use_cache`` as in
+        :meth:`beam`.
         """
-        best = self.beam(source, 1, max_length)
+        best = self.beam(source, 1, max_length, use_cache=use_cache)
         return best.tokens[:, 0]
 
-    def beam(self, source: Tensor, beams: int, max_length: int | None = None) -> Beams:
+    def beam(self, source: Tensor, beams: int, max_length: int | None = None, *, use_cache: bool = True) -> Beams:
         """(N, S) -> the ``beams`` likeliest targets that are found by keeping so many at each step.
 
-        In evaluation mode and without gradients. A beam that has ended keeps its score and its place.
+        In evaluation mode and without gradients. A beam that has ended keeps its score and its place. ``use_cache``
+        False reads the whole text anew for each token, which gives the same tokens, slower.
         """
         limit = self.max_length if max_length is None else max_length
         if beams < 1:
@@ -137,22 +202,29 @@ class Seq2SeqTransformer(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                return self._beam(source, beams, limit)
+                return self._beam(source, beams, limit, use_cache)
         finally:
             self.train(was_training)
 
-    def _beam(self, source: Tensor, beams: int, limit: int) -> Beams:
+    def _beam(self, source: Tensor, beams: int, limit: int, use_cache: bool) -> Beams:
         batch, device = source.shape[0], source.device
         memory, padding = self.encode(source)
-        memory = memory.repeat_interleave(beams, 0)
-        padding = None if padding is None else padding.repeat_interleave(beams, 0)
+        cache = None
+        if use_cache:
+            cache = DecoderCache(self, memory, padding, beams, limit)
+        else:
+            memory = memory.repeat_interleave(beams, 0)
+            padding = None if padding is None else padding.repeat_interleave(beams, 0)
         tokens = torch.full((batch, beams, 1), START, dtype=torch.int64, device=device)
         # All beams begin alike: only the first counts at the first step.
         scores = torch.full((batch, beams), -math.inf, device=device)
         scores[:, 0] = 0
         ended = torch.zeros(batch, beams, dtype=torch.bool, device=device)
         while tokens.shape[2] <= limit and not ended.all():
-            logits = self.decode(tokens.flatten(0, 1), memory, padding)[:, -1]
+            if cache is None:
+                logits = self.decode(tokens.flatten(0, 1), memory, padding)[:, -1]
+            else:
+                logits = self.read_on(tokens[:, :, -1].flatten(), cache)
             chances = logits.float().log_softmax(-1).unflatten(0, (batch, beams))
             symbols = chances.shape[2]
             # A beam that has ended goes on with PADDING, for nothing. No other writes it, nor a second START.
@@ -162,5 +234,7 @@ class Seq2SeqTransformer(nn.Module):
             scores, kept = (scores.unsqueeze(2) + chances).flatten(1).topk(beams)
             from_beam, token = kept // symbols, kept % symbols
             tokens = torch.cat([tokens.gather(1, from_beam.unsqueeze(2).expand_as(tokens)), token.unsqueeze(2)], 2)
+            if cache is not None and beams > 1:
+                cache.reorder((from_beam + beams * torch.arange(batch, device=device).unsqueeze(1)).flatten())
             ended = ended.gather(1, from_beam) | (token == END)
         return Beams(tokens[:, :, 1:], scores)

@@ -143,6 +143,43 @@ def test_reading_on_gives_the_logits_of_reading_anew():
         model.read_on(text[:, :4], KVCache(model, 2, 3))
 
 
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "anew"])
+def test_texts_of_unequal_length_are_each_alone(use_cache, backend, device):
+    model, text = small().to(device), tokens(4, 7).to(device)
+    lengths = torch.tensor([3, 7, 1, 5], device=device)
+    alone = [model.generate(row[None, :n], 6)[0].tolist() for row, n in zip(text, lengths.tolist(), strict=True)]
+    assert len({token for row in alone for token in row[-6:]}) > 6
+    for padding in (0, 9):
+        given = text.masked_fill(torch.arange(7, device=device) >= lengths.unsqueeze(1), padding)
+        written = model.generate(given, 6, lengths=lengths, use_cache=use_cache)
+        assert written.tolist() == [row + [0] * (13 - len(row)) for row in alone]
+    eos = alone[0][-4]
+    written = model.generate(text, 6, lengths=lengths, use_cache=use_cache, eos=eos).tolist()
+    for found, row, n in zip(written, alone, lengths.tolist(), strict=True):
+        stop = row.index(eos, n) + 1 if eos in row[n:] else len(row)
+        assert found[:stop] == row[:stop] and set(found[stop:]) <= {eos}
+
+
+def test_lengths_that_are_refused():
+    model, text = small(), tokens(2, 4)
+    assert model.generate(text, 0, lengths=torch.tensor([4, 1])).tolist() == [
+        text[0].tolist(),
+        [int(text[1, 0]), 0, 0, 0],
+    ]
+    for lengths, error, message in (
+        ([1, 2], TypeError, "expected an int32 or int64 tensor"),
+        (torch.tensor([1]), ValueError, r"expected shape \(2,\), got \(1,\)"),
+        (torch.tensor([0, 4]), ValueError, r"from 1 to 4, got \[0, 4\]"),
+        (torch.tensor([1, 5]), ValueError, r"from 1 to 4, got \[1, 5\]"),
+    ):
+        with pytest.raises(error, match=message):
+            model.generate(text, 2, lengths=lengths)
+    cache = KVCache(model, 2, 9)
+    model.read_on(text, cache)
+    with pytest.raises(ValueError, match="only the first texts of a cache"):
+        model.read_on(text, cache, torch.tensor([1, 2]))
+
+
 def test_no_position_sees_ahead():
     for layers in (BIGKERN, TORCH):
         model, text = small(layers=layers), tokens(2, 9)

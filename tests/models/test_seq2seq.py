@@ -78,6 +78,25 @@ def test_beams():
             assert score(model, row[None], written) == pytest.approx(found, abs=1e-3)
 
 
+def check_cache(model, text):
+    text[1, 3:] = 0
+    text[2] = 0  # no word at all
+    assert torch.equal(model.greedy(text, 5), model.greedy(text, 5, use_cache=False))
+    with_cache, without = model.beam(text, 3, 6), model.beam(text, 3, 6, use_cache=False)
+    assert torch.equal(with_cache.tokens, without.tokens)
+    torch.testing.assert_close(with_cache.scores, without.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_changes_no_token(backend, device):
+    check_cache(small().to(device), source(3, 6).to(device))
+
+
+def test_the_cache_of_a_model_of_torchs_layers():
+    model, text = small(layers=TORCH, decoder_blocks=3), source(4, 6)
+    check_cache(model, text)
+    assert torch.equal(model.greedy(text), model.greedy(text, use_cache=False))
+
+
 def test_enough_beams_find_the_best_of_all():
     model, text = small(), source(3, 4)
     for row in text:

@@ -10,7 +10,7 @@ import torch
 
 import bigkern
 from bigkern.ops import attention, attention_decode
-from bigkern.ops.attention_decode import _cuda, _triton
+from bigkern.ops.attention_decode import _cuda
 from tests import numerics
 from tests.conftest import pick
 
@@ -20,13 +20,6 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 LENGTHS = [70, 0, 84]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def written(request):
-    """There is no Triton kernel of decoding yet: its world has nothing to run here."""
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
-        pytest.skip(_triton.unsupported())
 
 
 class Step:

@@ -142,9 +142,44 @@ def _attention(dim: int, dtype: torch.dtype, *, features: bool = False, tf32: bo
         numbers = (20.0, 0.125, 0.1) if features else (0.0, 0.125, 0.0)
         options = (bias, slopes, None, None, length, length, -1, 0, False, *numbers, philox, tf32)
         output, lse = _triton._forward(query, key, value, *options)
-        _triton._backward(output, None, query, key, value, output, lse, *options, features, False, False)
+        _triton._backward(output, None, query, key, value, output, lse, *options, features, features, False)
 
     return call
+
+
+def _attention_decode(dim: int, dtype: torch.dtype, *, queries: int = 1, features: bool = False) -> Callable:
+    """The launches of a step of decoding with an append, a key head for four, in parts; or of all features at once."""
+
+    def call():
+        from bigkern.ops.attention_decode import _triton
+
+        batch, heads, kv_heads, capacity = 4, 32, 8, 8192
+
+        def tensor(count, rows):
+            return torch.empty(batch, rows, count, dim, dtype=dtype).transpose(1, 2)
+
+        query, new = tensor(heads, queries), tensor(kv_heads, queries)
+        lengths = torch.zeros(batch, dtype=torch.int32)
+        starts, slopes = (lengths, torch.empty(heads)) if features else (None, None)
+        caches = torch.empty(batch, kv_heads, capacity, dim, dtype=dtype), tensor(kv_heads, capacity)
+        numbers = (1024, 0, 20.0, 0.125, 8) if features else (-1, 0, 0.0, 0.125, 8)
+        _triton._forward(query, *caches, new, new, lengths, starts, slopes, *numbers)
+
+    return call
+
+
+def attention_decode_cases() -> list[Case]:
+    """Calls that reach every tile of decoding's kernels."""
+    half, full, op = torch.bfloat16, torch.float32, "attention_decode"
+    return [
+        *(Case(f"{dim} bf16", _attention_decode(dim, half), op) for dim in (64, 128, 256)),
+        Case("128 bf16, 16 queries", _attention_decode(128, half, queries=16), op),
+        Case("128 bf16, all features", _attention_decode(128, half, features=True), op),
+        Case(
+            "256 fp16, all features, 16 queries", _attention_decode(256, torch.float16, queries=16, features=True), op
+        ),
+        *(Case(f"{dim} fp32, all features", _attention_decode(dim, full, features=True), op) for dim in (64, 128, 256)),
+    ]
 
 
 def attention_cases() -> list[Case]:
@@ -364,5 +399,5 @@ def compile_case(case: Case, architecture: int) -> list[dict]:
 
 def static_report(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     """Every kernel of every case for every architecture, for tables."""
-    every = [*cases(), *conv_cases(), *attention_cases()]
+    every = [*cases(), *conv_cases(), *attention_cases(), *attention_decode_cases()]
     return [row for case in every for architecture in architectures for row in compile_case(case, architecture)]

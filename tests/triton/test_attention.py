@@ -96,6 +96,48 @@ def call(backend, query, key, value, mask):
         return attention(query, key, value, mask, window=(9, 2))
 
 
+@pytest.mark.parametrize(
+    ("batches", "options"),
+    [((), {"softcap": 3.0, "is_causal": True}), ((2,), {"dropout_p": 0.3, "window": 9})],
+    ids=["heads", "batch x heads"],
+)
+def test_gradient_of_alibi_slopes(batches, options):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, *size, 8, generator=generator) for size in ((2, 18), (1, 20), (1, 20)))
+    slopes = torch.rand(*batches, 2, generator=generator, requires_grad=True)
+    philox = torch.tensor([3, 4]) if "dropout_p" in options else None
+    check_slopes(
+        lambda dtype: bigkern.ops.attention(
+            *(x.to(dtype) for x in (q, k, v)), alibi_slopes=slopes, philox=philox, enable_gqa=True, **options
+        ),
+        slopes,
+    )
+
+
+def test_gradient_of_packed_sequences_slopes():
+    q, k, v = (torch.randn(23, 1, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    cu = torch.tensor([0, 3, 3, 23], dtype=torch.int32)
+    slopes = torch.rand(3, 1, requires_grad=True)
+    check_slopes(
+        lambda dtype: bigkern.ops.attention_varlen(
+            *(x.to(dtype) for x in (q, k, v)), cu, cu, 20, 20, alibi_slopes=slopes
+        ),
+        slopes,
+    )
+
+
+def check_slopes(call, slopes):
+    def grad(backend, dtype):
+        with bigkern.use_backend(backend):
+            output = call(dtype)
+        (found,) = torch.autograd.grad(output, slopes, numerics.cotangent(output, 0))
+        return found
+
+    numerics.assert_close(
+        "alibi_slopes", grad("triton", torch.float32), grad("torch", torch.float32), grad("torch", torch.float64)
+    )
+
+
 def test_hidden_tiles_are_not_looked_at():
     """NaN in a tile that is read would spread through products with 0."""
     query, key, value = (torch.ones(1, 1, 64, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -154,7 +196,7 @@ def test_unsupported(monkeypatch):
     assert "key is on meta" in objection(x, x.to("meta"))
     assert "head_dim is 257" in objection(torch.zeros(1, 1, 5, 257), x)
     assert "attn_mask is torch.float16" in objection(x, x, mask=x.half())
-    assert "alibi_slopes requires a gradient" in objection(x, x, slopes=torch.ones(2, requires_grad=True))
+    assert objection(x, x, slopes=torch.ones(2, requires_grad=True)) is None
     assert "5 and 1073741824 long" in objection(x, x, length=2**30)
     monkeypatch.setattr(_triton_support, "INTERPRETED", False)
     assert "TRITON_INTERPRET=1" in objection(x, x)

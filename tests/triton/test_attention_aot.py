@@ -15,6 +15,7 @@ from tests.triton import aot
 
 pytestmark = pytest.mark.compiled
 
+DECODING = {case.name: case for case in aot.attention_decode_cases()}
 CASES = {case.name: case for case in aot.attention_cases()}
 BACKWARD = [f"attention_backward_{name}_kernel" for name in ("rows", "keys", "queries")]
 
@@ -35,3 +36,19 @@ def test_compiled_kernels(name, architecture):
         if row["kernel"] != "attention_backward_rows_kernel":
             assert (row["MMA"] > 0) == ("fp32" not in name), figures
             assert row["LDG.128"] + row["LDGSTS.128"] > 0 and row["STG"] > 0, figures
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    pick([(name, architecture) for name in DECODING for architecture in aot.ARCHITECTURES], [("128 bf16", 90)]),
+)
+def test_compiled_kernels_of_decoding(name, architecture):
+    main, combine = aot.compile_case(DECODING[name], architecture)
+    assert (main["kernel"], combine["kernel"]) == ("attention_decode_kernel", "attention_decode_combine_kernel")
+    for row in (main, combine):
+        figures = f"{row['kernel']} {row['case']} {row['arch']}: {row}"
+        assert row["LDL"] == row["STL"] == row["local"] == 0, f"spills: {figures}"
+        assert row["ATOM"] == 0, f"atomics, so not deterministic: {figures}"
+        assert row["shared"] <= aot.MAX_SHARED[architecture], figures
+        assert row["LDG.128"] + row["LDGSTS.128"] > 0 and row["STG"] > 0, figures
+    assert main["MMA"] > 0, main

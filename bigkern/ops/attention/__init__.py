@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigkern import backend
 from bigkern.ops import _attention_arguments as arguments
@@ -23,6 +24,11 @@ __all__ = ["attention", "attention_varlen"]
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cuda": _cuda, "triton": _triton, "torch": _torch}
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _SUPPORTED_DTYPES = "float32, bfloat16, float16 or float64"
+
+# Found once, for the calls that take a few us.
+_UNSET_OR_TORCH = (None, "torch")
+_sdpa = torch._C._nn.scaled_dot_product_attention
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 # Positions in the raw ops' options, which follow query, key and value.
 _MASK, _SLOPES, _CU_Q, _PHILOX = 0, 1, 2, 12
@@ -81,25 +87,24 @@ def attention(
             ``attn_mask``.
         bigkern.BackendError: the backend that was asked for cannot serve the arguments.
     """
-    extras = not (
-        window is None
-        and softcap is None
-        and alibi_slopes is None
-        and philox is None
-        and not return_lse
-        and not return_philox
-    )
-    if not extras and _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
-        try:
-            output = torch._C._nn.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        except (RuntimeError, ValueError, TypeError):
-            pass  # what follows says which argument is wrong
-        else:
-            if not output.requires_grad:
-                return output
-            return _torch.differentiable_twice(output, query, key, value, attn_mask, is_causal, scale)
+    output = None
+    try:
+        if (
+            window is None
+            and softcap is None
+            and alibi_slopes is None
+            and philox is None
+            and not (return_lse or return_philox)
+            and _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        ):
+            if scale is None and not enable_gqa:  # torch reads each keyword for 0.5 us
+                output = _sdpa(query, key, value, attn_mask, dropout_p, is_causal)
+            else:
+                output = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        pass  # what follows says which argument is wrong
+    if output is not None:
+        return _torch.differentiable_twice(output) if output.requires_grad else output
     op = "attention"
     bottom_right = False
     # By name: torch.nn.attention.bias imports all of torch._dynamo, and who has such a bias has done that.
@@ -402,27 +407,26 @@ def _is_plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) ->
     The checks below would say the same, more slowly: the 3 us that a call on a CPU may cost more than torch's.
     """
     if not (
-        isinstance(query, Tensor)
-        and query.is_cpu
-        and backend._requested in (None, "torch")
-        and (dtype := query.dtype) in _DTYPES
-        and getattr(key, "dtype", None) is dtype
-        and getattr(value, "dtype", None) is dtype
+        query.is_cpu
+        and backend._requested in _UNSET_OR_TORCH
+        and query.dtype in _DTYPES
         and (attn_mask is None or (type(attn_mask) is Tensor and attn_mask.is_cpu and not is_causal))
         and 0 <= dropout_p <= 1
-        and not _torch.transformed()
+        and forward_ad._current_level < 0
+        and not _functorch_is_active()
     ):
         return False
-    # torch's own look at shapes lets these pass.  A shape is built anew whenever it is asked for.
+    # torch's own look at shapes lets some pass.  A shape is built anew whenever it is asked for.
     q, k, v = query.shape, key.shape, value.shape
     dims = len(q)
+    if dims < 2 or 0 in q or (attn_mask is not None and attn_mask.dim() < 2):
+        return False
+    if q == k == v:
+        return True
     return (
         dims == len(k) == len(v)
-        and dims > 1
         and k[-2] == v[-2]
         and (dims == 2 or (k[-3] == v[-3] and (enable_gqa or q[-3] == k[-3])))
-        and 0 not in q
-        and (attn_mask is None or attn_mask.dim() > 1)
     )
 
 

@@ -12,12 +12,11 @@ in fp32 for 16-bit inputs.  Packed sequences are padded to the longest one.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from bigkern.ops._torch_philox import dropout
 
@@ -83,7 +82,7 @@ def compose(
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return differentiable_twice(output, query, key, value, attn_mask, is_causal, scale), None
+    return differentiable_twice(output), None
 
 
 def transformed() -> bool:
@@ -91,41 +90,51 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def differentiable_twice(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
+def differentiable_twice(output: Tensor) -> Tensor:
     """``output`` of F.scaled_dot_product_attention on a CPU, whose fused operator torch differentiates only once.
 
     Where its gradients shall be differentiated themselves (create_graph), those of :func:`forward` take their place.
-    The hook that sees to it keeps none of the inputs alive longer than autograd does.
     """
-    node = output.grad_fn if not torch.compiler.is_compiling() else None
-    if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
+    if is_compiling():
         return output
-    references = [weakref.ref(tensor) for tensor in (query, key, value)]
-
-    def again(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]):
-        tensors = [reference() for reference in references]
-        if not torch.is_grad_enabled() or any(tensor is None for tensor in tensors):
-            return None
-        query, key, value = tensors
-        factor = query.shape[3] ** -0.5 if scale is None else scale
-        right = 0 if is_causal else -1
-        options = (None, None, None, query.shape[2], key.shape[2], -1, right, False, 0.0, factor, 0.0, None, False)
-        grads = backward(grad_outputs[0], None, query, key, value, None, None, attn_mask, *options, False, False, False)
-        return (
-            *(None if old is None else new for old, new in zip(grad_inputs[:3], grads[:3], strict=True)),
-            *grad_inputs[3:],
-        )
-
-    node.register_hook(again)
+    node = output.grad_fn
+    if type(node).__name__ == _FUSED:
+        # Tensor.register_hook does this and more, for 8 us: it has to give its hook back.
+        output._backward_hooks = _HOOKS
+        node._register_hook_dict(output)
+        output._backward_hooks = None
     return output
+
+
+_FUSED = "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+def _exchange(grad_output: Tensor) -> None:
+    """Before the fused backward, where its results shall be differentiated: see to it that they are exchanged."""
+    if is_grad_enabled():
+        node = torch._C._current_autograd_node()
+        if _FUSED not in node.metadata:
+            node.metadata[_FUSED] = node.register_hook(_again)
+
+
+_HOOKS = {0: _exchange}
+
+
+def _again(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]):
+    """After the fused backward: gradients that can be differentiated, in place of its own."""
+    if not torch.is_grad_enabled():
+        return None
+    node = torch._C._current_autograd_node()
+    query, key, value = node._saved_query, node._saved_key, node._saved_value
+    scale = query.shape[3] ** -0.5 if node._saved_scale is None else node._saved_scale
+    right = 0 if node._saved_is_causal else -1
+    options = (None, None, None, query.shape[2], key.shape[2], -1, right, False, 0.0, scale, 0.0, None, False)
+    mask = node._saved_attn_mask
+    grads = backward(grad_outputs[0], None, query, key, value, None, None, mask, *options, False, False, False)
+    return (
+        *(None if old is None else new for old, new in zip(grad_inputs[:3], grads[:3], strict=True)),
+        *grad_inputs[3:],
+    )
 
 
 def forward(

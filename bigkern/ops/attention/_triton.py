@@ -52,8 +52,6 @@ def unsupported(
         )
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}; the Triton kernels take bool, float32 and the query's dtype"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return "alibi_slopes requires a gradient, which the Triton kernels do not compute: detach it, or use torch"
     if max(max_seqlen_q, max_seqlen_k) > _MAX_SEQLEN:
         return f"the sequences are {max_seqlen_q} and {max_seqlen_k} long; the Triton kernels take up to {_MAX_SEQLEN}"
     return None
@@ -324,17 +322,17 @@ def _forward(query, key, value, *options):
     return output, lse
 
 
-def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, *options):
+def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, alibi_slopes, *options):
     *options, need_grad_mask, need_grad_slopes, _ = options
-    if need_grad_slopes:
-        raise RuntimeError("attention_backward: need_grad_slopes is set, but the Triton kernels do not compute it")
-    call = _Call(query, key, value, attn_mask, *options, grad_output=grad_output)
+    call = _Call(query, key, value, attn_mask, alibi_slopes, *options, grad_output=grad_output)
     grad_query = call.result(query, call.heads, call.total_q, call.head_dim)
     grad_key = call.result(key, call.kv_heads, call.total_k, call.head_dim)
     grad_value = call.result(value, call.kv_heads, call.total_k, call.value_dim)
     grad_mask, grad_slopes = query.new_empty((0,)), query.new_empty((0,), dtype=torch.float32)
     if need_grad_mask:
         grad_mask = (attn_mask.new_zeros if call.empty else attn_mask.new_empty)(attn_mask.shape)
+    if need_grad_slopes and call.empty:
+        grad_slopes = torch.zeros_like(alibi_slopes)
     if call.empty:
         return grad_query, grad_key, grad_value, grad_mask, grad_slopes
 
@@ -387,6 +385,8 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
         )
         tile = call.tile("queries")
         tiles = _ceil_div(call.seqlen_q, tile.queries)
+        # Zeros: of a packed sequence that is shorter than the longest, the last programs write nothing.
+        slope_parts = lse.new_zeros((call.batch, call.heads, tiles)) if need_grad_slopes else None
         kernels.attention_backward_queries_kernel[(tiles * call.heads * call.batch,)](
             *call.tensors,
             *call.cu_seqlens,
@@ -395,6 +395,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             base,
             delta,
             grad_query,
+            slope_parts,
             *numbers,
             call.total_q,
             call.total_k,
@@ -404,6 +405,8 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             PLAIN=call.plain,
             **_blocks(tile),
         )
+        if need_grad_slopes:
+            grad_slopes = slope_parts.sum(2 if alibi_slopes.dim() == 2 else (0, 2)).to(alibi_slopes.dtype)
         if need_grad_mask:
             batch, heads, *sizes = attn_mask.shape
             per_query, per_key = (

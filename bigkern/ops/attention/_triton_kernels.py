@@ -10,11 +10,13 @@ and backward, with g = grad_output and drop's mask and factor m_ij, 0 or 1 / (1 
     delta_i = g_i . output_i - grad_lse_i            ds_ij = p_ij (m_ij g_i . v_j - delta_i)      grad_mask = ds
     grad_v_j = sum over i of m_ij p_ij g_i           c_ij = 1, or 1 - tanh^2 under softcap
     grad_q_i = scale sum over j of ds_ij c_ij k_j    grad_k_j = scale sum over i of ds_ij c_ij q_i
+    grad_slope = -sum over i and j of ds_ij |position_i - j|
 
 Floors: forward 4 B H Sq Sk d FLOP, backward 2.5 times that, half of each if causal.  Backward here does 3.5 times that:
 grad_query has a kernel of its own, which computes the scores once more, so that every sum has one owner and a fixed
 order, without atomics and without fp32 copies of grad_query.  So has the mask's gradient, where it is wanted (two more
-products): a program owns a tile of it and adds up all that a broadcast mask was added to.
+products): a program owns a tile of it and adds up all that a broadcast mask was added to.  The slopes' gradient is
+summed beside grad_query's, a number a program, which the host adds up.
 
 A program owns QUERIES rows of a head (or KEYS keys of a key head) and walks over tiles of the others.  Tiles that the
 window hides from all rows are skipped.  Those that every row sees whole come first, without a comparison; then those
@@ -34,14 +36,10 @@ Results lie in memory as (batch, rows, heads, dim).  Packed sequences are one ba
 import triton
 import triton.language as tl
 
-from bigkern.ops._triton_math import tanh
+from bigkern.ops._triton_math import exponential, tanh
 from bigkern.ops._triton_philox import dropout_keep
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-
-# ln(2): sixteen bits of it, whose products with whole numbers up to 2^8 are exact, and the rest.
-_LN2_HIGH = tl.constexpr(0.693145751953125)
-_LN2_LOW = tl.constexpr(1.42860682030941723212e-6)
 
 # What changes from call to call, or from layer to layer, without a change in the code.
 _VARYING = [
@@ -206,25 +204,12 @@ def _scores(
 
 
 @triton.jit
-def _exponential(difference, factor, PRECISION: tl.constexpr):
-    """2 to the power of a difference times factor."""
-    if PRECISION == "ieee":
-        # A difference of 10 times log2(e) rounds by 5e-7, which would be the weight's error; one below 0.35 does not.
-        difference = tl.where(difference < -150.0, -150.0, difference)  # whose exponential is 0; NaN passes
-        power = tl.floor(difference * factor + 0.5)
-        rest = difference - power * _LN2_HIGH - power * _LN2_LOW
-        return tl.exp2(power) * tl.exp2(rest * factor)
-    else:
-        return tl.exp2(difference * factor)
-
-
-@triton.jit
 def _weights(scores, base, factor, PLAIN: tl.constexpr, PRECISION: tl.constexpr):
     """The weights of a row, or column, whose ``base`` attention_backward_rows_kernel computed."""
     if PLAIN:
         return tl.exp2(tl.fma(scores, factor, -base))
     else:
-        return _exponential(scores - base, factor, PRECISION)
+        return exponential(scores - base, factor, PRECISION == "ieee")
 
 
 @triton.jit
@@ -351,8 +336,8 @@ def attention_forward_kernel(
             new_top = tl.maximum(top, tl.max(scores, 1))
             # A row that sees nothing yet: its sums stay 0 whatever they are multiplied with.
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            weights = _exponential(scores - base[:, None], factor, PRECISION)
-            rescale = _exponential(top - base, factor, PRECISION)
+            weights = exponential(scores - base[:, None], factor, PRECISION == "ieee")
+            rescale = exponential(top - base, factor, PRECISION == "ieee")
             total = total * rescale + tl.sum(weights, 1)
             if philox is not None:
                 keep = _kept(
@@ -602,6 +587,7 @@ def attention_backward_queries_kernel(
     base,
     delta,
     grad_query,  # batch x total_q x heads x HEAD_DIM
+    grad_slopes,  # fp32, sequences x heads x tiles: each program's part; or None
     heads,
     group,
     seqlen_q,
@@ -676,6 +662,7 @@ def attention_backward_queries_kernel(
     row_base = tl.load(base + statistic, mask=row < queries, other=float("inf"))
     row_delta = tl.load(delta + statistic, mask=row < queries, other=0.0)
     grad_q = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+    grad_slope = tl.zeros((QUERIES,), tl.float32)
     for cut in tl.static_range(0 if WHOLE else 1, 2):
         for index in tl.range(0, count - whole if cut else whole, num_stages=STAGES):
             key0 = _tile(index, first, whole_first, whole, cut) * KEYS
@@ -689,8 +676,13 @@ def attention_backward_queries_kernel(
                 dropout_p, dropout_scale, cut, SOFTCAP, PLAIN, MASK_ALIGN, QUADS, HEAD_DIM, VALUE_DIM, BLOCK_D,
                 BLOCK_V, ALIGN, PRECISION, CHUNK, QUERIES, KEYS
             )  # fmt: skip
+            if grad_slopes is not None:
+                grad_slope -= tl.sum(grads * tl.abs((row[:, None] + shift - col[None, :]).to(tl.float32)), 1)
             grad_q = tl.dot((grads * derivative).to(k.dtype), k, grad_q, input_precision=PRECISION)
     _store_rows(grad_query, grad_q * scale, home, head, first_q, row, queries, total_q, heads, HEAD_DIM, BLOCK_D)
+    if grad_slopes is not None:
+        part = (batch.to(tl.int64) * heads + head) * tiles + row0 // QUERIES
+        tl.store(grad_slopes + part, tl.sum(grad_slope, 0))
 
 
 @_jit
