@@ -12,8 +12,9 @@
 // Three ways to run, in the order they are chosen; all share the cells, the row and time arithmetic and the products:
 //   block (rnn_block.cuh): 16-bit, H <= 128. One block for eight sequences; no exchange.
 //   grid (rnn_grid.cuh): a block for 16 units (fp32: 8) of eight sequences, weights on chip, one cooperative launch for
-//     all steps; h is exchanged through L2, with tags in its elements or flags beside them. Fits where all blocks of a group are resident at once and the weights fit:
-//     16-bit LSTM to H = 2048, fp32 to about 1024 on an H100. More sequences than are resident run in waves.
+//     all steps; h is exchanged through L2, with tags in its elements or flags beside them. Fits where all blocks of a
+//     group are resident at once and the weights fit: 16-bit LSTM to H = 2048, fp32 to about 1024 on an H100. More
+//     sequences than are resident run in waves.
 //   step (rnn_grid.cuh, streamed weights): one launch a step; any H.
 //
 // Numerics: products accumulate in fp32; c, h and their gradients stay in fp32 registers over all steps, and only what

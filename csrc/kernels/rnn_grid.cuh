@@ -215,14 +215,14 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
     }
     __syncthreads();  // the partial sums are there, and all warps have read the state
     T* next = states + ((step + 1) & 1) * buffer + static_cast<int64_t>(column) * exchange.pitch + pair.unit;
-    float saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
+    float saved[Cell::kSaved + 1];
     if (active) {
       float a[kGates];
 #pragma unroll
       for (int i = 0; i < kGates; i++) {
         a[i] = sum_parts<Product::kParts, kHalfTiles>(partial, slice_unit / 8 * kGates + i, slice_unit % 8, column);
       }
-      cell.forward(x, a, bias_hn, h, c, saved);
+      forward_pair<Cell, T>(cell, shape, part, pair.unit, x, a, bias_hn, h, c, saved);
       if (!tagged) *next = from_float<T>(h * mask);
     }
     if constexpr (kTags) {
@@ -298,10 +298,7 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
     if (step < 0) break;
     float grad[kGates], inner = 0.0f;
     if (active) {
-      float bypass;
-      cell.backward(dh + inputs.grad_output, dc, inputs.y, inputs.saved, inputs.h_before, inputs.c_before, grad, inner,
-                    bypass);
-      dh = bypass;
+      backward_pair<Cell, T>(cell, shape, inputs, dh, dc, grad, inner);
       T* next = grads + ((iteration + 1) & 1) * buffer + static_cast<int64_t>(column) * exchange.pitch + pair.unit;
 #pragma unroll
       for (int i = 0; i < kGates; i++) next[i * hidden] = from_float<T>(kGates == 3 && i == 2 ? inner : grad[i]);
