@@ -112,7 +112,7 @@ def _forward(
         hn, cn = torch.empty_like(h0), gates.new_empty((0,)) if c0 is None else torch.empty_like(c0)
         last = (hn, None if c0 is None else cn, saved if kept else None)
         given = (gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths)
-        _launch_whole(sequence_forward, rows, h0, cell, offsets, *given, output, *last)
+        _launch_whole(sequence_forward, 8, rows, h0, cell, offsets, *given, output, *last)
         return output, hn, cn, saved
     return output, *_forward_steps(gates, weight_hh, bias_hn, h0, c0, mask, offsets, cell, output, saved), saved
 
@@ -198,7 +198,7 @@ def _backward(
         grad_h0, grad_c0 = torch.empty_like(h0), output.new_empty((0,)) if c0 is None else torch.empty_like(c0)
         given = (output, saved if SAVED[cell] else None, weight_t, h0, c0, mask, offsets, lengths)
         found = (grad_gates, grad_hidden if is_gru else None, grad_h0, None if c0 is None else grad_c0)
-        _launch_whole(sequence_backward, rows, h0, cell, offsets, *grads, *given, *found)
+        _launch_whole(sequence_backward, 16, rows, h0, cell, offsets, *grads, *given, *found)
         return grad_gates, grad_hidden, grad_h0, grad_c0
     firsts = _backward_steps(
         grad_output, grad_hn, grad_cn, output, saved, weight_t, h0, c0, mask, offsets, cell, grad_gates, grad_hidden
@@ -291,9 +291,12 @@ def _runs_whole(variant: int, cell: int, hidden: int, dtype: torch.dtype) -> boo
 
 
 def _launch_whole(
-    kernel: Callable, rows: int, h0: Tensor, cell: int, offsets: Tensor | None, *tensors: Tensor | None
+    kernel: Callable, warps: int, rows: int, h0: Tensor, cell: int, offsets: Tensor | None, *tensors: Tensor | None
 ) -> None:
-    """All steps of either pass in one launch.  A packed batch is not waited for: its lengths stay on the GPU."""
+    """All steps of either pass in one launch.  A packed batch is not waited for: its lengths stay on the GPU.
+
+    ``warps`` is for cells of several gates: what registers hold without a spill.
+    """
     directions, batch, hidden = h0.shape
     with _triton_support.device_guard(h0.device):
         kernel[(-(-batch // _ROWS), directions)](
@@ -306,7 +309,7 @@ def _launch_whole(
             SAVED=SAVED[cell],
             ROWS=_ROWS,
             UNITS=_units(hidden),
-            num_warps=4 if GATES[cell] == 1 else 8,  # what registers hold without a spill
+            num_warps=4 if GATES[cell] == 1 else warps,
             num_stages=1,  # the weights come from L1 and L2: copies ahead would not fit shared memory
         )
 
