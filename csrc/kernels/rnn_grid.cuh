@@ -42,6 +42,11 @@
 // (|h| <= max(1, |h0|), also after zoneout, which is a mean), no mask, as dropout's scale breaks the bound, and every
 // |h0| below the last value under 2, which stands for NaN. Each block reads the group's h0 from the exchange; all read
 // the same, so that nothing is agreed on, the host is not asked, and a graph's replay decides anew.
+//
+// Not built: h pushed into the shared memory of a cluster's other blocks. Modelled for H = 512 at 0.6 us a step (100
+// cycles to issue, 180 to a peer, 50 + 100 to see and read it, 413 of products, as 16 blocks hold what 32 hold here,
+// and 220 for the gates): no better than tags at 8 sequences, a quarter better at 64; half of flags' for the GRU, which
+// takes tags too. It holds H to 768, or 880 for the GRU, and asks for Hopper.
 #pragma once
 
 #include "device/device.cuh"
