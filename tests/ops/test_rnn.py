@@ -427,6 +427,8 @@ def test_zoneout_and_layer_norm_are_the_papers(backend, device, mode, normalised
 @pytest.mark.parametrize("train", [True, False])
 def test_zoneout_is_the_same_on_every_backend(backend, device, mode, train):
     """From the same seed the same draws; packed, two directions, two layers, with recurrent dropout beside it."""
+    if backend == "torch":
+        pytest.skip("torch beside itself")
     form = Form(mode, bidirectional=True, layers=2, lengths=(4, 3, 1))
     inputs = form.inputs(device=device)
     options = dict(train=train, zoneout=0.4, recurrent_dropout=0.2)
@@ -445,12 +447,12 @@ def test_zoneout_is_the_same_on_every_backend(backend, device, mode, train):
         torchs = run()
     for a, b in zip(mine[0] + mine[1], torchs[0] + torchs[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    torch.manual_seed(3)
-    second = second_order(functools.partial(form.kernel, **{**options, "train": False}), inputs)
-    with bigkern.use_backend("torch"):
-        expected = second_order(functools.partial(form.kernel, **{**options, "train": False}), inputs)
-    for a, b in zip(second, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    if not train:  # also where the gradient is differentiated
+        second = second_order(functools.partial(form.kernel, **options), inputs)
+        with bigkern.use_backend("torch"):
+            expected = second_order(functools.partial(form.kernel, **options), inputs)
+        for a, b in zip(second, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
