@@ -72,12 +72,9 @@ constexpr int kRnnThreads = kRnnWarps * 32;
 
 template <class T, int kGates, int kHalfTiles, bool kForward, bool kResident>
 struct RnnProduct {
-  // Held and ahead: as many registers as stay below 255 without a spill, LSTM's four gates the most.
-  using type = std::conditional_t<kResident,
-                                  ResidentProduct<T, kGates, kHalfTiles, kRnnWarps, kForward ? 3 : 8,
-                                                  !kForward     ? 8
-                                                  : kGates == 4 ? 4
-                                                                : 5>,
+  // As many registers as stay below 255 without a spill: the forward pass of LSTM's four gates takes the most.
+  static constexpr int kHeld = kForward ? 3 : 8, kAhead = !kForward ? 8 : kGates == 4 ? 4 : 5;
+  using type = std::conditional_t<kResident, ResidentProduct<T, kGates, kHalfTiles, kRnnWarps, kHeld, kAhead>,
                                   StreamedProduct<T, kGates, kHalfTiles, kRnnWarps>>;
 };
 

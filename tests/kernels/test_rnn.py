@@ -262,7 +262,7 @@ def test_tags_under_every_schedule(cell, device, request):
     """Polling blocks go on in whatever order; on a GPU, over many steps and repeated."""
     shape = dict(lengths=[5, 4, 1], hidden=40, directions=2)
     if device.type == "cuda":
-        shape = dict(steps=20000, batch=16, hidden=768)
+        shape = dict(steps=2000, batch=16, hidden=768)
     arguments = tagged(inputs(cell, BF16, device, **shape))
     emulator = request.getfixturevalue("emulator") if device.type == "cpu" else None
     expected = _cuda.forward(**arguments, save=True, variant="flags")
