@@ -119,14 +119,11 @@ void check_launch(const char* op, int code, const RnnShape& shape) {
   binding::check_launch(op, code);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& gates, const Tensor& weight_hh,
-                                                   const std::optional<Tensor>& bias_hn, const Tensor& h0,
-                                                   const std::optional<Tensor>& c0, const std::optional<Tensor>& mask,
-                                                   const std::optional<Tensor>& offsets,
-                                                   const std::optional<Tensor>& lengths, int64_t cell, bool save,
-                                                   int64_t variant, const std::optional<Tensor>& zone,
-                                                   const std::optional<Tensor>& cell_zone, double zoneout,
-                                                   double cell_zoneout) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& gates, const Tensor& weight_hh, const std::optional<Tensor>& bias_hn, const Tensor& h0,
+    const std::optional<Tensor>& c0, const std::optional<Tensor>& mask, const std::optional<Tensor>& offsets,
+    const std::optional<Tensor>& lengths, int64_t cell, bool save, int64_t variant, const std::optional<Tensor>& zone,
+    const std::optional<Tensor>& cell_zone, double zoneout, double cell_zoneout) {
   constexpr const char* kOp = "rnn_forward";
   if (gates.dim() != 2) refuse(kOp, ": gates is ", binding::describe(gates), "; expected two dimensions");
   const Shapes shapes(kOp, gates);
