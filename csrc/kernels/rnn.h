@@ -23,16 +23,22 @@ constexpr int rnn_gates(RnnCell cell) {
 }
 
 // Values a row and unit that the backward pass wants beside the output: LSTM i, f, g, o, c; GRU r, z, n, W h + b_hn.
-constexpr int rnn_saved(RnnCell cell) {
-  return cell == RnnCell::kLstm ? 5 : cell == RnnCell::kGru ? 4 : 0;
+// With zoneout one more where it hides something: the RNN's h before it, the LSTM's c after it.
+constexpr int rnn_saved(RnnCell cell, bool zoned) {
+  return cell == RnnCell::kLstm ? 5 + zoned : cell == RnnCell::kGru ? 4 : zoned;
 }
 
 // T is the type of all tensors, which are contiguous. A row is a (step, sequence) pair, time-major. With offsets the
 // batch is packed: step t holds rows from offsets[t] on, sequences are sorted by falling length.
 struct RnnShape {
-  const void* h0;          // T, directions x batch x hidden
-  const void* c0;          // T, as h0; LSTM's, else null
-  const void* mask;        // T, as h0, or null: multiplies h where W_hh reads it
+  const void* h0;    // T, directions x batch x hidden
+  const void* c0;    // T, as h0; LSTM's, else null
+  const void* mask;  // T, as h0, or null: multiplies h where W_hh reads it
+  // Zoneout: a step's h and c are zone * old + (1 - zone) * new; T, rows x directions x hidden, or null: zoneout then.
+  const void* zone;
+  const void* cell_zone;
+  float zoneout, cell_zoneout;
+  bool zoned;              // whether there is any
   const int64_t* offsets;  // steps, or null
   const int64_t* lengths;  // batch, or null; null exactly when offsets is
   int64_t steps, batch;    // both positive

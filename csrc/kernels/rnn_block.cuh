@@ -112,13 +112,14 @@ __global__ void __launch_bounds__(kBlockHidden * 4, 1) rnn_forward_block_kernel(
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       if (step < pairs[j].length) {
-        float a[kGates], saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
+        float a[kGates], saved[Cell::kSaved + 1];
 #pragma unroll
         for (int i = 0; i < kGates; i++) a[i] = sums[i / 2][i % 2 * 2 + j];
-        cell.forward(x[j], a, bias_hn, h[j], c[j], saved);
+        const int64_t part = pairs[j].part(shape, step);
+        forward_pair<Cell, T>(cell, shape, part, unit, x[j], a, bias_hn, h[j], c[j], saved);
         write[(column + j) * kPitch + unit] = from_float<T>(h[j] * mask[j]);
         // Not after the barrier: all warps do the same, so none would wait less, and what is saved would spill.
-        store_forward<Cell, T>(p, pairs[j].part(shape, step), unit, h[j], saved);
+        store_forward<Cell, T>(p, part, unit, h[j], saved);
       }
       load_gates(j, step + 1);
     }
@@ -210,10 +211,8 @@ __global__ void __launch_bounds__(kBlockHidden * 2, 1) rnn_backward_block_kernel
     for (int j = 0; j < 4; j++) {
       const RnnPair<T>& pair = pairs[j];
       if (step < pair.length) {
-        float grad[kGates], inner, bypass;
-        cell.backward(dh[j] + inputs[j].grad_output, dc[j], inputs[j].y, inputs[j].saved, inputs[j].h_before,
-                      inputs[j].c_before, grad, inner, bypass);
-        dh[j] = bypass;
+        float grad[kGates], inner;
+        backward_pair<Cell, T>(cell, shape, inputs[j], dh[j], dc[j], grad, inner);
         T* next = write + (column + j % 2) * kPitch + pair.unit;
 #pragma unroll
         for (int i = 0; i < kGates; i++) next[i * hidden] = from_float<T>(kGates == 3 && i == 2 ? inner : grad[i]);

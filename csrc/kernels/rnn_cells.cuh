@@ -28,13 +28,13 @@ struct VanillaCell {
   __device__ __forceinline__ bool is_bounded() const { return !relu; }
 
   __device__ __forceinline__ void forward(const float (&x)[1], const float (&a)[1], float, float& h, float&,
-                                          float (&)[1]) const {
+                                          float*) const {
     const float sum = x[0] + a[0];
     h = relu ? (sum < 0.0f ? 0.0f : sum) : tanhf(sum);  // NaN passes
   }
 
-  __device__ __forceinline__ void backward(float dh, float&, float y, const float (&)[1], float, float,
-                                           float (&grad)[1], float& hidden, float& bypass) const {
+  __device__ __forceinline__ void backward(float dh, float&, float y, const float*, float, float, float (&grad)[1],
+                                           float& hidden, float& bypass) const {
     grad[0] = hidden = relu ? (y <= 0.0f ? 0.0f : dh) : dh * (1.0f - y) * (1.0f + y);
     bypass = 0.0f;
   }
@@ -49,7 +49,7 @@ struct LstmCell {
   __device__ __forceinline__ bool is_bounded() const { return true; }
 
   __device__ __forceinline__ void forward(const float (&x)[4], const float (&a)[4], float, float& h, float& c,
-                                          float (&saved)[5]) const {
+                                          float* saved) const {
     const float i = sigmoid<T>(x[0] + a[0]), f = sigmoid<T>(x[1] + a[1]);
     const float g = tanhf(x[2] + a[2]), o = sigmoid<T>(x[3] + a[3]);
     c = f * c + i * g;
@@ -61,7 +61,7 @@ struct LstmCell {
     saved[4] = c;
   }
 
-  __device__ __forceinline__ void backward(float dh, float& dc, float, const float (&saved)[5], float, float c_before,
+  __device__ __forceinline__ void backward(float dh, float& dc, float, const float* saved, float, float c_before,
                                            float (&grad)[4], float& hidden, float& bypass) const {
     const float i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = tanhf(saved[4]);
     const float d = dc + dh * o * (1.0f - tanh_c) * (1.0f + tanh_c);
@@ -83,7 +83,7 @@ struct GruCell {
   __device__ __forceinline__ bool is_bounded() const { return true; }
 
   __device__ __forceinline__ void forward(const float (&x)[3], const float (&a)[3], float bias_hn, float& h, float&,
-                                          float (&saved)[4]) const {
+                                          float* saved) const {
     // The fast division may err upwards, and h is a mean only where z is no more than 1.
     const float r = sigmoid<T>(x[0] + a[0]), z = fminf(sigmoid<T>(x[1] + a[1]), 1.0f);
     const float inner = a[2] + bias_hn;
@@ -95,7 +95,7 @@ struct GruCell {
     saved[3] = inner;
   }
 
-  __device__ __forceinline__ void backward(float dh, float&, float, const float (&saved)[4], float h_before, float,
+  __device__ __forceinline__ void backward(float dh, float&, float, const float* saved, float h_before, float,
                                            float (&grad)[3], float& hidden, float& bypass) const {
     const float r = saved[0], z = saved[1], n = saved[2], inner = saved[3];
     grad[2] = dh * (1.0f - z) * (1.0f - n) * (1.0f + n);
@@ -149,23 +149,56 @@ __device__ __forceinline__ int group_steps(const RnnShape& shape, int64_t first)
   return static_cast<int>(shape.lengths != nullptr ? shape.lengths[first] : shape.steps);
 }
 
+// How many values a row and unit stand in `saved`.
+template <class Cell>
+__device__ __forceinline__ int saved_count(const RnnShape& shape) {
+  return Cell::kSaved + (Cell::kGates != 3 && shape.zoned);
+}
+
+// The weight of a pair's old state in a step: 0 or 1 while training.
+template <class T>
+__device__ __forceinline__ float load_zone(const void* zone, float zoneout, int64_t at) {
+  return zone != nullptr ? to_float(static_cast<const T*>(zone)[at]) : zoneout;
+}
+
+// One pair's step: the cell, then zoneout. saved has one place beyond the cell's own, for what zoneout hides.
+template <class Cell, class T>
+__device__ __forceinline__ void forward_pair(const Cell& cell, const RnnShape& shape, int64_t part, int unit,
+                                             const float (&x)[Cell::kGates], const float (&a)[Cell::kGates],
+                                             float bias_hn, float& h, float& c, float (&saved)[Cell::kSaved + 1]) {
+  const float old_h = h, old_c = c;
+  cell.forward(x, a, bias_hn, h, c, saved);
+  if (shape.zoned) {
+    const int64_t at = part * shape.hidden + unit;
+    const float zone = load_zone<T>(shape.zone, shape.zoneout, at);
+    saved[Cell::kSaved] = h;
+    h = zone * old_h + (1.0f - zone) * h;
+    if constexpr (Cell::kGates == 4) {
+      const float cell_zone = load_zone<T>(shape.cell_zone, shape.cell_zoneout, at);
+      c = cell_zone * old_c + (1.0f - cell_zone) * c;
+      saved[Cell::kSaved] = c;
+    }
+  }
+}
+
 // What one pair's backward step reads.
 template <class Cell, class T>
 struct RnnBackwardInputs {
   float saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
-  float grad_output, y, h_before, c_before;
+  float grad_output, y, h_before, c_before, zone, cell_zone;
 
   __device__ __forceinline__ void load(const RnnBackwardParams& p, const RnnPair<T>& pair, int step) {
     const int64_t part = pair.part(p.shape, step), unit = pair.unit, hidden = p.shape.hidden;
+    const int64_t count = saved_count<Cell>(p.shape);
     const T* all = static_cast<const T*>(p.saved);
     grad_output =
         p.grad_output != nullptr ? to_float(static_cast<const T*>(p.grad_output)[part * hidden + unit]) : 0.0f;
     y = h_before = c_before = 0.0f;
     if constexpr (Cell::kSaved == 0) {
-      y = to_float(static_cast<const T*>(p.output)[part * hidden + unit]);
+      y = to_float((p.shape.zoned ? all : static_cast<const T*>(p.output))[part * hidden + unit]);
     } else {
 #pragma unroll
-      for (int i = 0; i < Cell::kSaved; i++) saved[i] = to_float(all[(part * Cell::kSaved + i) * hidden + unit]);
+      for (int i = 0; i < Cell::kSaved; i++) saved[i] = to_float(all[(part * count + i) * hidden + unit]);
     }
     const int64_t earlier = step > 0 ? pair.part(p.shape, step - 1) : 0;
     if constexpr (Cell::kGates == 3) {
@@ -173,23 +206,50 @@ struct RnnBackwardInputs {
                           : pair.load_state(p.shape, p.shape.h0, 0.0f);
     }
     if constexpr (Cell::kGates == 4) {
-      c_before = step > 0 ? to_float(all[(earlier * Cell::kSaved + 4) * hidden + unit])
+      c_before = step > 0 ? to_float(all[(earlier * count + count - 1) * hidden + unit])
                           : pair.load_state(p.shape, p.shape.c0, 0.0f);
+    }
+    if (p.shape.zoned) {
+      zone = load_zone<T>(p.shape.zone, p.shape.zoneout, part * hidden + unit);
+      if constexpr (Cell::kGates == 4) {
+        cell_zone = load_zone<T>(p.shape.cell_zone, p.shape.cell_zoneout, part * hidden + unit);
+      }
     }
   }
 };
 
+// One pair's step back: through zoneout, then the cell. dh is the gradient of the step's h, and becomes what of it
+// reaches the old h without W_hh; dc likewise.
+template <class Cell, class T>
+__device__ __forceinline__ void backward_pair(const Cell& cell, const RnnShape& shape,
+                                              const RnnBackwardInputs<Cell, T>& inputs, float& dh, float& dc,
+                                              float (&grad)[Cell::kGates], float& inner) {
+  float total = dh + inputs.grad_output, past_h = 0.0f, past_c = 0.0f, bypass;
+  if (shape.zoned) {
+    past_h = inputs.zone * total;
+    total *= 1.0f - inputs.zone;
+    if constexpr (Cell::kGates == 4) {
+      past_c = inputs.cell_zone * dc;
+      dc *= 1.0f - inputs.cell_zone;
+    }
+  }
+  cell.backward(total, dc, inputs.y, inputs.saved, inputs.h_before, inputs.c_before, grad, inner, bypass);
+  dh = bypass + past_h;
+  dc += past_c;
+}
+
 // Stores one pair's results of a forward step.
 template <class Cell, class T>
 __device__ __forceinline__ void store_forward(const RnnForwardParams& p, int64_t part, int unit, float h,
-                                              const float* saved) {
+                                              const float (&saved)[Cell::kSaved + 1]) {
   const int64_t hidden = p.shape.hidden;
   static_cast<T*>(p.output)[part * hidden + unit] = from_float<T>(h);
-  if (Cell::kSaved > 0 && p.saved != nullptr) {
+  if (p.saved != nullptr) {
+    const int64_t count = saved_count<Cell>(p.shape);
+    T* kept = static_cast<T*>(p.saved) + part * count * hidden + unit;
 #pragma unroll
-    for (int i = 0; i < Cell::kSaved; i++) {
-      static_cast<T*>(p.saved)[(part * Cell::kSaved + i) * hidden + unit] = from_float<T>(saved[i]);
-    }
+    for (int i = 0; i < Cell::kSaved; i++) kept[i * hidden] = from_float<T>(saved[i]);
+    if (count > Cell::kSaved) kept[Cell::kSaved * hidden] = from_float<T>(saved[Cell::kSaved]);
   }
 }
 

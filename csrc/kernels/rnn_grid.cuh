@@ -42,6 +42,11 @@
 // (|h| <= max(1, |h0|), also after zoneout, which is a mean), no mask, as dropout's scale breaks the bound, and every
 // |h0| below the last value under 2, which stands for NaN. Each block reads the group's h0 from the exchange; all read
 // the same, so that nothing is agreed on, the host is not asked, and a graph's replay decides anew.
+//
+// Not built: h pushed into the shared memory of a cluster's other blocks. Modelled for H = 512 at 0.6 us a step (100
+// cycles to issue, 180 to a peer, 50 + 100 to see and read it, 413 of products, as 16 blocks hold what 32 hold here,
+// and 220 for the gates): no better than tags at 8 sequences, a quarter better at 64; half of flags' for the GRU, which
+// takes tags too. It holds H to 768, or 880 for the GRU, and asks for Hopper.
 #pragma once
 
 #include "device/device.cuh"
@@ -67,12 +72,9 @@ constexpr int kRnnThreads = kRnnWarps * 32;
 
 template <class T, int kGates, int kHalfTiles, bool kForward, bool kResident>
 struct RnnProduct {
-  // Held and ahead: as many registers as stay below 255 without a spill, LSTM's four gates the most.
-  using type = std::conditional_t<kResident,
-                                  ResidentProduct<T, kGates, kHalfTiles, kRnnWarps, kForward ? 3 : 8,
-                                                  !kForward     ? 8
-                                                  : kGates == 4 ? 4
-                                                                : 5>,
+  // As many registers as stay below 255 without a spill: the forward pass of LSTM's four gates takes the most.
+  static constexpr int kHeld = kForward ? 3 : 8, kAhead = !kForward ? 8 : kGates == 4 ? 4 : 5;
+  using type = std::conditional_t<kResident, ResidentProduct<T, kGates, kHalfTiles, kRnnWarps, kHeld, kAhead>,
                                   StreamedProduct<T, kGates, kHalfTiles, kRnnWarps>>;
 };
 
@@ -215,14 +217,14 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
     }
     __syncthreads();  // the partial sums are there, and all warps have read the state
     T* next = states + ((step + 1) & 1) * buffer + static_cast<int64_t>(column) * exchange.pitch + pair.unit;
-    float saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
+    float saved[Cell::kSaved + 1];
     if (active) {
       float a[kGates];
 #pragma unroll
       for (int i = 0; i < kGates; i++) {
         a[i] = sum_parts<Product::kParts, kHalfTiles>(partial, slice_unit / 8 * kGates + i, slice_unit % 8, column);
       }
-      cell.forward(x, a, bias_hn, h, c, saved);
+      forward_pair<Cell, T>(cell, shape, part, pair.unit, x, a, bias_hn, h, c, saved);
       if (!tagged) *next = from_float<T>(h * mask);
     }
     if constexpr (kTags) {
@@ -298,10 +300,7 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
     if (step < 0) break;
     float grad[kGates], inner = 0.0f;
     if (active) {
-      float bypass;
-      cell.backward(dh + inputs.grad_output, dc, inputs.y, inputs.saved, inputs.h_before, inputs.c_before, grad, inner,
-                    bypass);
-      dh = bypass;
+      backward_pair<Cell, T>(cell, shape, inputs, dh, dc, grad, inner);
       T* next = grads + ((iteration + 1) & 1) * buffer + static_cast<int64_t>(column) * exchange.pitch + pair.unit;
 #pragma unroll
       for (int i = 0; i < kGates; i++) next[i * hidden] = from_float<T>(kGates == 3 && i == 2 ? inner : grad[i]);

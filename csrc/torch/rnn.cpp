@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <tuple>
+#include <utility>
 
 namespace bigkern {
 namespace {
@@ -91,6 +92,25 @@ RnnShape make_shape(const char* op, const Shapes& shapes, int64_t rows, const Te
   return shape;
 }
 
+// Zoneout's weights of the old states, for `rows` rows.
+void set_zones(const char* op, const Shapes& shapes, int64_t rows, const std::optional<Tensor>& zone,
+               const std::optional<Tensor>& cell_zone, double zoneout, double cell_zoneout, RnnShape& shape) {
+  if (shape.cell != RnnCell::kLstm && (cell_zone || cell_zoneout != 0)) {
+    refuse(op, ": cell_zone or cell_zoneout was given; they belong to the LSTM alone");
+  }
+  const std::pair<const char*, double> chances[] = {{"zoneout", zoneout}, {"cell_zoneout", cell_zoneout}};
+  for (const auto& [name, chance] : chances) {
+    if (!(chance >= 0 && chance <= 1)) refuse(op, ": ", name, " is ", chance, "; expected a number from 0 to 1");
+  }
+  if (zone) shapes.check("zone", *zone, {rows, int64_t{shape.directions} * shape.hidden});
+  if (cell_zone) shapes.check("cell_zone", *cell_zone, {rows, int64_t{shape.directions} * shape.hidden});
+  shape.zone = binding::data_or_null(zone);
+  shape.cell_zone = binding::data_or_null(cell_zone);
+  shape.zoneout = static_cast<float>(zoneout);
+  shape.cell_zoneout = static_cast<float>(cell_zoneout);
+  shape.zoned = zone || cell_zone || zoneout != 0 || cell_zoneout != 0;
+}
+
 void check_launch(const char* op, int code, const RnnShape& shape) {
   if (code == kRnnVariantDoesNotFit) {
     refuse(op, ": the variant ", static_cast<int>(shape.variant), " cannot serve ", shape.hidden,
@@ -99,21 +119,21 @@ void check_launch(const char* op, int code, const RnnShape& shape) {
   binding::check_launch(op, code);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& gates, const Tensor& weight_hh,
-                                                   const std::optional<Tensor>& bias_hn, const Tensor& h0,
-                                                   const std::optional<Tensor>& c0, const std::optional<Tensor>& mask,
-                                                   const std::optional<Tensor>& offsets,
-                                                   const std::optional<Tensor>& lengths, int64_t cell, bool save,
-                                                   int64_t variant) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& gates, const Tensor& weight_hh, const std::optional<Tensor>& bias_hn, const Tensor& h0,
+    const std::optional<Tensor>& c0, const std::optional<Tensor>& mask, const std::optional<Tensor>& offsets,
+    const std::optional<Tensor>& lengths, int64_t cell, bool save, int64_t variant, const std::optional<Tensor>& zone,
+    const std::optional<Tensor>& cell_zone, double zoneout, double cell_zoneout) {
   constexpr const char* kOp = "rnn_forward";
   if (gates.dim() != 2) refuse(kOp, ": gates is ", binding::describe(gates), "; expected two dimensions");
   const Shapes shapes(kOp, gates);
   const int64_t rows = gates.size(0);
   RnnForwardParams params{};
   params.shape = make_shape(kOp, shapes, rows, h0, c0, mask, offsets, lengths, cell, variant);
+  set_zones(kOp, shapes, rows, zone, cell_zone, zoneout, cell_zoneout, params.shape);
   const RnnShape& shape = params.shape;
   const int64_t directions = shape.directions, hidden = shape.hidden, batch = shape.batch;
-  const int64_t count = rnn_gates(shape.cell), kept = save ? rnn_saved(shape.cell) : 0;
+  const int64_t count = rnn_gates(shape.cell), kept = save ? rnn_saved(shape.cell, shape.zoned) : 0;
   shapes.check("gates", gates, {rows, directions * count * hidden});
   shapes.check("weight_hh", weight_hh, {directions, count * hidden, hidden});
   if (bias_hn && shape.cell != RnnCell::kGru) refuse(kOp, ": bias_hn was given; it belongs to the GRU alone");
@@ -144,16 +164,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_hn,
     const std::optional<Tensor>& grad_cn, const Tensor& output, const Tensor& saved, const Tensor& weight_t,
     const Tensor& h0, const std::optional<Tensor>& c0, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& offsets, const std::optional<Tensor>& lengths, int64_t cell, int64_t variant) {
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& lengths, int64_t cell, int64_t variant,
+    const std::optional<Tensor>& zone, const std::optional<Tensor>& cell_zone, double zoneout, double cell_zoneout) {
   constexpr const char* kOp = "rnn_backward";
   if (output.dim() != 2) refuse(kOp, ": output is ", binding::describe(output), "; expected two dimensions");
   const Shapes shapes(kOp, output);
   const int64_t rows = output.size(0);
   RnnBackwardParams params{};
   params.shape = make_shape(kOp, shapes, rows, h0, c0, mask, offsets, lengths, cell, variant);
+  set_zones(kOp, shapes, rows, zone, cell_zone, zoneout, cell_zoneout, params.shape);
   const RnnShape& shape = params.shape;
   const int64_t directions = shape.directions, hidden = shape.hidden, batch = shape.batch;
-  const int64_t count = rnn_gates(shape.cell), kept = rnn_saved(shape.cell);
+  const int64_t count = rnn_gates(shape.cell), kept = rnn_saved(shape.cell, shape.zoned);
   const bool is_gru = shape.cell == RnnCell::kGru;
   shapes.check("output", output, {rows, directions * hidden});
   if (kept > 0) shapes.check("saved", saved, {rows, directions * kept * hidden});

@@ -92,7 +92,8 @@ def cotangents(found, arguments):
 
 
 def kept(found, arguments):
-    names = ("weight_hh", "h0", "c0", "mask", "offsets", "lengths", "cell")
+    names = ["weight_hh", "h0", "c0", "mask", "offsets", "lengths", "cell"]
+    names += [name for name in arguments if "zone" in name]
     return {"output": found[0], "saved": found[3], **{name: arguments[name] for name in names}}
 
 
@@ -230,7 +231,7 @@ def bits(tensors):
     [
         dict(steps=6, batch=11, hidden=37),
         dict(lengths=[7, 5, 5, 3, 2, 2, 2, 1, 1], hidden=33, directions=2),
-        dict(steps=300, batch=1, hidden=20),
+        dict(steps=90, batch=1, hidden=20),
         *pick([dict(steps=4, batch=8, hidden=48, directions=2)], []),
     ],
     ids=str,
@@ -261,7 +262,7 @@ def test_tags_under_every_schedule(cell, device, request):
     """Polling blocks go on in whatever order; on a GPU, over many steps and repeated."""
     shape = dict(lengths=[5, 4, 1], hidden=40, directions=2)
     if device.type == "cuda":
-        shape = dict(steps=20000, batch=16, hidden=768)
+        shape = dict(steps=2000, batch=16, hidden=768)
     arguments = tagged(inputs(cell, BF16, device, **shape))
     emulator = request.getfixturevalue("emulator") if device.type == "cpu" else None
     expected = _cuda.forward(**arguments, save=True, variant="flags")
@@ -270,6 +271,60 @@ def test_tags_under_every_schedule(cell, device, request):
             emulator.set_options(**schedule)
         found = _cuda.forward(**arguments, save=True, variant="grid")
         assert all(map(torch.equal, bits(found), bits(expected))), schedule
+
+
+def zoned(arguments, mean=None):
+    """Arguments with zoneout: drawn, or for every unit its mean."""
+    rows, directions, hidden = arguments["gates"].shape[0], *arguments["h0"].shape[::2]
+    is_lstm = arguments["c0"] is not None
+    if mean is not None:
+        return {**arguments, "zoneout": mean, "cell_zoneout": mean / 2 if is_lstm else 0.0}
+    generator = torch.Generator().manual_seed(7)
+    draw = torch.rand(2, rows, directions * hidden, generator=generator) < 0.4
+    zone, cell_zone = draw.to(arguments["gates"].device, arguments["gates"].dtype)
+    return {**arguments, "zone": zone, "cell_zone": cell_zone if is_lstm else None}
+
+
+@cells
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mean", pick([None, 0.3], [None]))
+def test_zoneout(cell, variant, mean, device):
+    """Outputs and gradients beside autograd's through the composite, in float64 and in the kernel's dtype."""
+    dtype = F32 if variant != "block" and cell % 2 else BF16
+    arguments = zoned(tagged(inputs(cell, dtype, device, lengths=[4, 4, 3, 1], hidden=33, directions=2)), mean)
+    found, grads = run(arguments, variant)
+
+    def differentiate(convert):
+        given = {name: convert(value) for name, value in arguments.items()}
+        names = ["gates", "h0"] + (["c0"] if given["c0"] is not None else [])
+        for name in names:
+            given[name] = given[name].detach().requires_grad_()
+        outputs = _torch.forward(**given, save=False)[: len(names)]
+        weights = [convert(grad) for grad in cotangents(found, arguments)[: len(outputs)]]
+        return outputs, torch.autograd.grad(outputs, [given[name] for name in names], weights)
+
+    exact, own = differentiate(double), differentiate(lambda value: value)
+    mine = found[: len(exact[0])], (grads[0], *grads[2 : 1 + len(exact[1])])
+    for kind in range(2):
+        for i, (value, its, truth) in enumerate(zip(mine[kind], own[kind], exact[kind], strict=True)):
+            assert value.shape == truth.shape and value.dtype == dtype
+            if dtype == F32:
+                assert_close(f"{kind} {i}", value, its, truth)
+            else:  # the kernel's gradients are those of the states that it saved
+                error = (value.double() - truth).norm() / truth.norm()
+                assert error <= (1.5, 6)[kind] * torch.finfo(dtype).eps, f"{kind} {i}: {error:.2e}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_zoneout_of_none_and_of_all(variant, device):
+    """Weights of 0 change no bit; weights of 1 keep the states."""
+    arguments = tagged(inputs(2, BF16, device, lengths=[3, 2], hidden=19))
+    plain, nothing = run(arguments, variant), zoned(arguments)
+    nothing["zone"], nothing["cell_zone"] = (torch.zeros_like(nothing[name]) for name in ("zone", "cell_zone"))
+    same = _cuda.forward(**nothing, save=False, variant=variant)
+    assert all(map(torch.equal, same[:3], plain[0][:3]))
+    still = _cuda.forward(**{**arguments, "zoneout": 1.0, "cell_zoneout": 1.0}, save=False, variant=variant)
+    assert torch.equal(still[1], arguments["h0"]) and torch.equal(still[2], arguments["c0"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -299,7 +354,7 @@ def test_small(cell, variant, device):
 @pytest.mark.sanitized
 @pytest.mark.parametrize("cell", [0, 2, 3], ids=["RNN_TANH", "LSTM", "GRU"])
 def test_small_with_tags(cell, device):
-    arguments = tagged(inputs(cell, BF16, device, lengths=[4, 2], hidden=19))
+    arguments = zoned(tagged(inputs(cell, BF16, device, lengths=[4, 2], hidden=19)))
     found, expected = (_cuda.forward(**arguments, save=True, variant=variant) for variant in ("grid", "flags"))
     assert all(map(torch.equal, bits(found), bits(expected)))
 
@@ -393,6 +448,8 @@ def test_refusals_name_the_argument(device):
         "offsets": [(None, "offsets and lengths come together"), (good["offsets"].int(), "offsets is Int")],
         "lengths": [(good["lengths"][:1], "lengths is")],
         "cell": [(4, "cell is 4")],
+        "zone": [(good["gates"], "zone is"), (good["h0"][0], "zone is")],
+        "zoneout": [(1.5, "zoneout is 1.5")],
     }
     for name, cases in bad.items():
         for value, message in cases:
@@ -400,5 +457,7 @@ def test_refusals_name_the_argument(device):
                 _cuda.forward(**{**good, name: value}, save=True)
     with pytest.raises(RuntimeError, match="bias_hn was given"):
         _cuda.forward(**{**good, "bias_hn": good["h0"][:, 0]}, save=True)
+    with pytest.raises(RuntimeError, match="belong to the LSTM alone"):
+        _cuda.forward(**inputs(0, F32, device), save=True, cell_zoneout=0.5)
     with pytest.raises(RuntimeError, match="not whole steps"):
         _cuda.forward(**{**good, "offsets": None, "lengths": None}, save=True)

@@ -343,7 +343,7 @@ def test_recurrent_dropout_is_the_same_on_every_backend(backend, device, mode):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-# Zoneout and layer-normalised cells: the torch backend's
+# Zoneout and layer-normalised cells: the CUDA kernels have the first, the torch backend both
 
 
 def random_norms(form: Form, dtype=torch.float64) -> list[Tensor]:
@@ -385,9 +385,9 @@ def step_by_step(form: Form, tensors: list[Tensor], norms: list[Tensor] | None, 
     return [torch.stack(outputs), h[None], *([c[None]] if form.mode == "LSTM" else [])]
 
 
-def only_on_torch(backend, form, inputs, **options) -> bool:
-    """Whether another backend was asked for, which must say why it will not."""
-    if backend == "torch":
+def refused(backend, form, inputs, **options) -> bool:
+    """Whether the backend has no such cells, of which it must say why."""
+    if backend == "torch" or (backend == "cuda" and "layer_norm" not in options):
         return False
     with pytest.raises(bigkern.BackendError, match=f"{backend}: {next(iter(options))} given(.|\n)*torch: could serve"):
         form.kernel(*inputs, **options)
@@ -404,9 +404,9 @@ def test_zoneout_and_layer_norm_are_the_papers(backend, device, mode, normalised
     options = dict(layer_norm=[n.float().to(device) for n in norms]) if normalised else dict(zoneout=zones[0])
     if mode == "LSTM" and not normalised:
         options["cell_zoneout"] = zones[1]
-    if only_on_torch(backend, form, form.inputs(device=device), **options):
+    if refused(backend, form, form.inputs(device=device), **options):
         return
-    inputs = form.inputs(dtype=torch.float64, device=device)
+    inputs = form.inputs(dtype=torch.float64 if backend == "torch" else F32, device=device)
     norms = [n.to(device).requires_grad_() for n in norms or ()]
 
     def mine(*tensors):
@@ -420,7 +420,57 @@ def test_zoneout_and_layer_norm_are_the_papers(backend, device, mode, normalised
         numerics.run(mine, [*inputs, *norms]), numerics.run(papers, [*inputs, *norms]), strict=True
     ):
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@modes
+@pytest.mark.parametrize("train", [True, False])
+def test_zoneout_is_the_same_on_every_backend(backend, device, mode, train):
+    """From the same seed the same draws; packed, two directions, two layers, with recurrent dropout beside it."""
+    if backend == "torch":
+        pytest.skip("torch beside itself")
+    form = Form(mode, bidirectional=True, layers=2, lengths=(4, 3, 1))
+    inputs = form.inputs(device=device)
+    options = dict(train=train, zoneout=0.4, recurrent_dropout=0.2)
+    if mode == "LSTM":
+        options["cell_zoneout"] = 0.3
+    if backend == "triton":
+        assert refused(backend, form, inputs, zoneout=0.4)
+        return
+
+    def run():
+        torch.manual_seed(3)
+        return numerics.run(functools.partial(form.kernel, **options), inputs)
+
+    mine = run()
+    with bigkern.use_backend("torch"):
+        torchs = run()
+    for a, b in zip(mine[0] + mine[1], torchs[0] + torchs[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if not train:  # also where the gradient is differentiated
+        second = second_order(functools.partial(form.kernel, **options), inputs)
+        with bigkern.use_backend("torch"):
+            expected = second_order(functools.partial(form.kernel, **options), inputs)
+        for a, b in zip(second, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@modes
+def test_no_sequences_with_zoneout_or_layer_norm(backend, device, mode, layer_norm):
+    """Gradients are zeros, as torch's without either."""
+    form = Form(mode, bidirectional=True, layers=2)
+    norms = [n.to(device).requires_grad_() for n in random_norms(form, F32)] if layer_norm else None
+    options = dict(layer_norm=norms) if layer_norm else dict(zoneout=0.5, train=True)
+    inputs = form.inputs(batch=0, device=device)
+    if refused(backend, form, inputs, **options):
+        return
+    outputs = form.kernel(*inputs, **options)
+    plain = form.reference(*inputs)
+    assert [y.shape for y in outputs] == [y.shape for y in plain]
+    grads = torch.autograd.grad(outputs, [*inputs, *(norms or ())], [torch.ones_like(y) for y in outputs])
+    for tensor, grad in zip([*inputs, *(norms or ())], grads, strict=True):
+        assert torch.equal(grad, torch.zeros_like(tensor))
 
 
 @modes
@@ -576,6 +626,13 @@ def test_triton_runs_all_steps_in_one_program_or_each_in_one(backend, device, ce
         )
         found = torch.ops.bigkern_triton.rnn_forward.default(*arguments, VARIANTS.index(variant))
         exact = _torch.forward(*(numerics.to_double(a) if isinstance(a, Tensor) else a for a in arguments))
+        grads = [data(*y.shape) for y in found[:2]] + [data(*state) if arguments[4] is not None else None]
+        rest = (arguments[1].mT.contiguous(), *arguments[3:9])
+        found += torch.ops.bigkern_triton.rnn_backward.default(
+            *grads, found[0], found[3], *rest, VARIANTS.index(variant)
+        )
+        kept = (*grads, found[0], found[3], arguments[1], *arguments[3:9])
+        exact += _torch.backward(*(numerics.to_double(a) if isinstance(a, Tensor) else a for a in kept))
         for mine, truth in zip(found, exact, strict=True):
             assert mine.shape == truth.shape and mine.dtype == dtype
             error = (mine.double() - truth).norm() / truth.norm() if truth.numel() else 0
@@ -586,8 +643,11 @@ def test_triton_refuses_variants_that_it_has_not(backend, device):
     if backend != "triton":
         pytest.skip("the CUDA kernels' refusals are tested with the kernels")
     arguments = raw_arguments(0, device, False)
-    with pytest.raises(ValueError, match="variant is 'grid'"):
-        torch.ops.bigkern_triton.rnn_forward.default(*arguments, True, VARIANTS.index("grid"))
+    for variant in ("grid", "flags"):
+        with pytest.raises(ValueError, match=f"variant is '{variant}'"):
+            torch.ops.bigkern_triton.rnn_forward.default(*arguments, True, VARIANTS.index(variant))
+    with pytest.raises(ValueError, match="the Triton kernels have no zoneout"):
+        torch.ops.bigkern_triton.rnn_forward.default(*arguments, True, 0, zoneout=0.5)
     wide = [torch.zeros(6, 400, device=device), torch.zeros(2, 200, 200, device=device), None]
     wide += [torch.zeros(2, 2, 200, device=device), None, None, None, None, 0, True]
     with pytest.raises(ValueError, match="no program holds 200 hidden units in torch"):

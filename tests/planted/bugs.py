@@ -474,14 +474,6 @@ BUGS = [
         "plain",
     ),
     Bug(
-        "partial sums read before all are there, under tags",
-        "rnn",
-        RNN_GRID,
-        "    __syncthreads();  // the partial sums are there, and all warps have read the state\n",
-        "    if (!tagged) __syncthreads();\n",
-        "race",
-    ),
-    Bug(
         "next product's sums over those still read, under tags",
         "rnn",
         RNN_GRID,

@@ -61,8 +61,9 @@ def test_whole_sequences_compile_without_spills(cell, hidden, architecture, monk
     from bigkern.ops.rnn import _triton, _triton_kernels
 
     compiled: list = []
-    catcher = aot._Catcher(_triton_kernels.sequence_forward, compiled)
-    monkeypatch.setattr(_triton_kernels, "sequence_forward", catcher)
+    for name in ("sequence_forward", "sequence_backward"):
+        kernel = getattr(_triton_kernels, name)
+        monkeypatch.setattr(_triton_kernels, name, aot._Catcher(kernel, compiled))
     before = driver._active
     driver.set_active(aot._Driver(architecture))
     try:
@@ -72,9 +73,14 @@ def test_whole_sequences_compile_without_spills(cell, hidden, architecture, monk
         rows, weight = torch.zeros(6, 2 * gates, dtype=dtype), torch.zeros(2, gates, hidden, dtype=dtype)
         c0, offsets = state if CELLS[cell] == "LSTM" else None, torch.tensor([0, 2, 4, 5])
         _triton._forward(rows, weight, bias, state, c0, state, offsets, lengths, cell, True, 0)
+        output, saved = rows[:, : 2 * hidden].contiguous(), torch.zeros(6, 2 * SAVED[cell] * hidden, dtype=dtype)
+        grads = (output, state, c0)
+        rest = (weight.mT.contiguous(), state, c0, state, offsets, lengths)
+        _triton._backward(*grads, output, saved, *rest, cell, 0)
     finally:
         driver._active = before
-    ((_, kernel),) = compiled
-    found = aot.inspect(kernel.asm["cubin"])
-    assert found["LDL"] == found["STL"] == found["local"] == found["ATOM"] == 0, found
-    assert found["registers"] <= 255 and kernel.metadata.shared <= aot.MAX_SHARED[architecture], found
+    assert [name for name, _ in compiled] == ["sequence_forward", "sequence_backward"]
+    for name, kernel in compiled:
+        found = aot.inspect(kernel.asm["cubin"])
+        assert found["LDL"] == found["STL"] == found["local"] == found["ATOM"] == 0, (name, found)
+        assert found["registers"] <= 255 and kernel.metadata.shared <= aot.MAX_SHARED[architecture], (name, found)

@@ -60,7 +60,7 @@ def rnn(
         recurrent_dropout: probability of an element of the state that W_hh reads to be dropped while training; one mask
             for each sequence and layer, kept for all steps.  The state that is carried on is not masked.
         zoneout: probability of a unit to keep its state over a step while training, drawn anew at each step; otherwise
-            each state is the mean of both, weighted alike.  The torch backend alone serves it.
+            each state is the mean of both, weighted alike.  The CUDA and the torch backend serve it.
         layer_norm: normalise W_ih x and W_hh h over the gates of all units, before the biases are added (eps 1e-5): for
             each layer and direction the factors (gates * hidden,) of the first and of the second.  The torch backend
             alone serves it.
@@ -145,22 +145,24 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, implementation, cell, x, h0, c0, mask, offsets, lengths, *params):
-        output, hn, cn, saved = _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, True)
-        ctx.save_for_backward(output, saved, x, h0, c0, mask, offsets, lengths, *params)
+    def forward(ctx, implementation, cell, x, h0, c0, mask, offsets, lengths, zone, cell_zone, means, *params):
+        zoning = (zone, cell_zone, *means)
+        output, hn, cn, saved = _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, True, zoning)
+        ctx.save_for_backward(output, saved, x, h0, c0, mask, offsets, lengths, zone, cell_zone, *params)
         ctx.set_materialize_grads(False)
-        ctx.implementation, ctx.cell = implementation, cell
+        ctx.implementation, ctx.cell, ctx.means = implementation, cell, means
         return (output, hn) if c0 is None else (output, hn, cn)
 
     @staticmethod
     def backward(ctx, grad_output, grad_hn, grad_cn=None):
-        output, saved, x, h0, c0, mask, offsets, lengths, *params = ctx.saved_tensors
+        output, saved, x, h0, c0, mask, offsets, lengths, zone, cell_zone, *params = ctx.saved_tensors
         need_x, need_h0, need_c0 = ctx.needs_input_grad[2:5]
-        need_params = ctx.needs_input_grad[8:]
+        need_params = ctx.needs_input_grad[11:]
+        zoning = (zone, cell_zone, *ctx.means)
         # While torch.compile traces a backward it will not be differentiated again, whatever the grad mode says.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (x, h0, c0, *params)
-            results = _compose(ctx.cell, x, h0, c0, mask, offsets, lengths, params)
+            results = _compose(ctx.cell, x, h0, c0, mask, offsets, lengths, params, zoning)
             grads_out = (grad_output, grad_hn, grad_cn)[: len(results)]
             pairs = [(y, g) for y, g in zip(results, grads_out, strict=True) if g is not None]
             needed = [need_x, need_h0, need_c0, *need_params]
@@ -174,7 +176,7 @@ class _Layer(torch.autograd.Function):
                 )
             )
             grad_x, grad_h0, grad_c0, *grad_params = (next(grads) if need else None for need in needed)
-            return None, None, grad_x, grad_h0, grad_c0, None, None, None, *grad_params
+            return None, None, grad_x, grad_h0, grad_c0, *[None] * 6, *grad_params
 
         directions = h0.shape[0]
         weights = params[1 :: len(params) // directions]
@@ -191,6 +193,7 @@ class _Layer(torch.autograd.Function):
             offsets,
             lengths,
             ctx.cell,
+            *_given(zoning),
         )
         grad_params = _parameter_gradients(
             ctx.cell, grad_gates, grad_hidden, x, output, h0, mask, offsets, lengths, params, need_params
@@ -198,7 +201,8 @@ class _Layer(torch.autograd.Function):
         grad_x = _input_gradient(grad_gates, params[:: len(params) // directions]) if need_x else None
         return (
             *(None, None, grad_x, grad_h0 if need_h0 else None, grad_c0 if need_c0 else None),
-            *(None, None, None, *grad_params),
+            *([None] * 6),
+            *grad_params,
         )
 
 
@@ -299,7 +303,12 @@ def run(
     implementation = backend.select("rnn", _IMPLEMENTATIONS, input, states, params, mode, projected, extras)
     empty = batch_sizes is None and states[0].shape[1] == 0
     if empty or (implementation is _torch and not stepwise and not transformed):
-        return _torch.compose(mode, input, batch_sizes, states, params, *whole[4:])
+        results = _torch.compose(mode, input, batch_sizes, states, params, *whole[4:])
+        if layer_norm is None:
+            return results
+        # No step reads the norms; as torch's parameters do, they get zeros for gradients, not None.
+        nothing = sum(tensor[:0].sum() for tensor in layer_norm)
+        return tuple(result + nothing for result in results)
     if projected:
         raise ValueError(
             "lstm: the parameters hold a projection (proj_size), which goes with none of recurrent_dropout, zoneout, "
@@ -322,10 +331,10 @@ def run(
         dropping = train and recurrent_dropout != 0
         mask = torch.dropout(torch.ones_like(h0), recurrent_dropout, True) if dropping else None
         weights = params[layer * each : (layer + 1) * each]
-        arguments = (CELLS.index(mode), x, h0, c0, mask, offsets, lengths, weights)
-        if extras:
-            zones = [_zones(x, directions * h0.shape[2], p, train) for p in zoneout]
-            x, *final = _compose(*arguments, zones, _of_layer(layer_norm, num_layers, layer))
+        zoning = _zoning(x, directions * h0.shape[2], zoneout, train) if extras else _NO_ZONES
+        arguments = (CELLS.index(mode), x, h0, c0, mask, offsets, lengths, weights, zoning)
+        if layer_norm is not None:
+            x, *final = _compose(*arguments, _of_layer(layer_norm, num_layers, layer))
         else:
             x, *final = _layer(implementation, transformed, *arguments)
         finals.append(final)
@@ -337,25 +346,39 @@ def run(
     return x, *(torch.cat(parts) if num_layers > 1 else parts[0] for parts in zip(*finals, strict=True))
 
 
-def _layer(implementation, transformed, cell, x, h0, c0, mask, offsets, lengths, params) -> tuple[Tensor, ...]:
+def _layer(implementation, transformed, cell, x, h0, c0, mask, offsets, lengths, params, zoning) -> tuple[Tensor, ...]:
     """(output, hn) or (output, hn, cn) of one layer."""
     if implementation is _torch or transformed:
-        return _compose(cell, x, h0, c0, mask, offsets, lengths, params)
+        return _compose(cell, x, h0, c0, mask, offsets, lengths, params, zoning)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *params)):
-        return _Layer.apply(implementation, cell, x, h0, c0, mask, offsets, lengths, *params)
-    output, hn, cn, _ = _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, False)
+        zones, means = zoning[:2], zoning[2:]
+        return _Layer.apply(implementation, cell, x, h0, c0, mask, offsets, lengths, *zones, means, *params)
+    output, hn, cn, _ = _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, False, zoning)
     return (output, hn) if c0 is None else (output, hn, cn)
 
 
-def _compose(cell, x, h0, c0, mask, offsets, lengths, params, zones=(), norms=()) -> tuple[Tensor, ...]:
+def _compose(cell, x, h0, c0, mask, offsets, lengths, params, zoning, norms=()) -> tuple[Tensor, ...]:
     """A layer in operators that torch can differentiate as often as asked."""
-    output, hn, cn, _ = _forward(_torch, cell, x, h0, c0, mask, offsets, lengths, params, False, zones, norms)
+    output, hn, cn, _ = _forward(_torch, cell, x, h0, c0, mask, offsets, lengths, params, False, zoning, norms)
     return (output, hn) if c0 is None else (output, hn, cn)
 
 
-def _zones(x: Tensor, width: int, probability: float, train: bool) -> Tensor | float:
-    """The weight of the old state at each (row, unit): a draw while training, else its mean."""
-    return x.new_empty((x.shape[0], width)).bernoulli_(probability) if train else probability
+# Zoneout of h and of the LSTM's c as the raw ops take it: the weight of the old state at each (row, unit), or where
+# there is no such tensor one number for all.
+_NO_ZONES = (None, None, 0.0, 0.0)
+
+
+def _zoning(x: Tensor, width: int, zoneout: tuple[float, ...], train: bool) -> tuple[Tensor | float | None, ...]:
+    """A draw for each state while training, else its mean."""
+    if not train:
+        return (None, None, *zoneout, *[0.0] * (2 - len(zoneout)))
+    drawn = [x.new_empty((x.shape[0], width)).bernoulli_(p) for p in zoneout]
+    return (*drawn, *[None] * (2 - len(drawn)), 0.0, 0.0)
+
+
+def _given(zoning: tuple[Tensor | float | None, ...]) -> tuple[Tensor | float | None, ...]:
+    """Nothing where there is no zoneout: not every backend has a place for it."""
+    return zoning if any(isinstance(value, Tensor) or value for value in zoning) else ()
 
 
 def _of_layer(tensors: Sequence[Tensor] | None, layers: int, layer: int) -> Sequence[Tensor]:
@@ -363,8 +386,8 @@ def _of_layer(tensors: Sequence[Tensor] | None, layers: int, layer: int) -> Sequ
     return tensors[layer * each : (layer + 1) * each] if each else ()
 
 
-def _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, save, zones=(), norms=()):
-    """The input projection of all steps in one product, then the sequential part; zones and norms are torch's alone."""
+def _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, save, zoning, norms=()):
+    """The input projection of all steps in one product, then the sequential part; norms are torch's alone."""
     directions, _, hidden = h0.shape
     each = len(params) // directions
     weight, weight_hh, bias, bias_hn = _cat(params[::each]), _stack(params[1::each]), None, None
@@ -377,16 +400,15 @@ def _forward(implementation, cell, x, h0, c0, mask, offsets, lengths, params, sa
             bias_hn = _stack([b_hh[2 * hidden :] for _, b_hh in biases])
         else:
             bias = _cat([b_ih + b_hh for b_ih, b_hh in biases])
-    if zones or norms:
-        gates = x @ weight.t()
-        if norms:
-            factors = norms[:: len(norms) // directions]
-            gates = torch.cat(list(map(_torch.normalise, gates.chunk(directions, 1), factors)), 1)
+    if norms:
+        factors = norms[:: len(norms) // directions]
+        gates = torch.cat(list(map(_torch.normalise, (x @ weight.t()).chunk(directions, 1), factors)), 1)
         gates = gates if bias is None else gates + bias
         arguments = (gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
-        return _torch.forward(*arguments, zones=zones, norms=norms)
+        return _torch.forward(*arguments, *_given(zoning), norms=norms)
     gates = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-    return implementation.forward(gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
+    arguments = (gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
+    return implementation.forward(*arguments, *_given(zoning))
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

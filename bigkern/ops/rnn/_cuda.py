@@ -23,8 +23,8 @@ def unsupported(
         return reason
     if projected:
         return "proj_size is not 0; the CUDA kernels exchange the hidden state as it is, without a projection"
-    if extras:
-        return f"{' and '.join(extras)} given; the CUDA kernels have no such cells, torch runs them step by step"
+    if "layer_norm" in extras:
+        return "layer_norm given; the CUDA kernels have no such cells, torch runs them step by step"
     for tensor in (*states, *params):
         if tensor.dtype != input.dtype:
             return f"input is {input.dtype} and a state or weight {tensor.dtype}; the CUDA kernels take one dtype"
@@ -42,11 +42,29 @@ def forward(
     lengths: Tensor | None,
     cell: int,
     save: bool,
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
     variant: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, hn, cn, saved); see _schema.py."""
     return torch.ops.bigkern_cuda.rnn_forward.default(
-        gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save, _schema.VARIANTS.index(variant)
+        gates,
+        weight_hh,
+        bias_hn,
+        h0,
+        c0,
+        mask,
+        offsets,
+        lengths,
+        cell,
+        save,
+        _schema.VARIANTS.index(variant),
+        zone,
+        cell_zone,
+        zoneout,
+        cell_zoneout,
     )
 
 
@@ -63,6 +81,10 @@ def backward(
     offsets: Tensor | None,
     lengths: Tensor | None,
     cell: int,
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
     variant: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad_gates, grad_hidden, grad_h0, grad_c0); see _schema.py."""
@@ -80,4 +102,8 @@ def backward(
         lengths,
         cell,
         _schema.VARIANTS.index(variant),
+        zone,
+        cell_zone,
+        zoneout,
+        cell_zoneout,
     )

@@ -14,11 +14,15 @@ bias_hn        (D, H)                   GRU's: the bias that the reset gate mult
 h0, c0, mask   (D, batch, H)            c0 is LSTM's; the mask multiplies h before the product only
 offsets        (steps,) int64           packed: the first row of each step
 lengths        (batch,) int64           packed: the steps of each sequence
-saved          (rows, D * S * H)        for backward; S: 0 (RNN), 5 (LSTM: i, f, g, o, c), 4 (GRU: r, z, n, W h + b_hn)
+zone           (rows, D * H)            zoneout: h' = zone * h + (1 - zone) * new h; a number, ``zoneout``, if None
+cell_zone      (rows, D * H)            the same of LSTM's c, and ``cell_zoneout``; h' is made of the new c
+saved          (rows, D * S * H)        for backward; S: 0 (RNN), 5 (LSTM: i, f, g, o, c), 4 (GRU: r, z, n, W h + b_hn);
+                                        with zoneout one more: RNN's h before it, LSTM's c after it
 grad_hidden    (rows, D * H)            GRU's gradient of W h + b_hn: n's gradient times r
 =============  =======================  ===================================================================
 
-``cell`` is an index of CELLS, ``variant`` one of VARIANTS.  A result that does not apply is an empty (0,) tensor.
+``cell`` is an index of CELLS, ``variant`` one of VARIANTS.  ``bigkern_triton`` has no zoneout.  A result that does not
+apply is an empty (0,) tensor.
 """
 
 from __future__ import annotations
@@ -39,12 +43,14 @@ VARIANTS = ("auto", "block", "grid", "step", "flags")
 
 _FORWARD = (
     "(Tensor gates, Tensor weight_hh, Tensor? bias_hn, Tensor h0, Tensor? c0, Tensor? mask, Tensor? offsets,"
-    " Tensor? lengths, int cell, bool save, int variant)"
+    " Tensor? lengths, int cell, bool save, int variant, Tensor? zone=None, Tensor? cell_zone=None, float zoneout=0,"
+    " float cell_zoneout=0)"
     " -> (Tensor output, Tensor hn, Tensor cn, Tensor saved)"
 )
 _BACKWARD = (
     "(Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, Tensor output, Tensor saved, Tensor weight_t, Tensor h0,"
-    " Tensor? c0, Tensor? mask, Tensor? offsets, Tensor? lengths, int cell, int variant)"
+    " Tensor? c0, Tensor? mask, Tensor? offsets, Tensor? lengths, int cell, int variant, Tensor? zone=None,"
+    " Tensor? cell_zone=None, float zoneout=0, float cell_zoneout=0)"
     " -> (Tensor grad_gates, Tensor grad_hidden, Tensor grad_h0, Tensor grad_c0)"
 )
 
@@ -61,14 +67,20 @@ def _forward_fake(
     cell: int,
     save: bool,
     variant: int,
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = gates.shape[0]
     directions, batch, hidden = h0.shape
+    zoned = zone is not None or cell_zone is not None or zoneout != 0 or cell_zoneout != 0
+    count = SAVED[cell] + (zoned and CELLS[cell] != "GRU") if save else 0
     return (
         gates.new_empty((rows, directions * hidden)),
         gates.new_empty((directions, batch, hidden)),
         gates.new_empty((directions, batch, hidden) if c0 is not None else (0,)),
-        gates.new_empty((rows, directions * SAVED[cell] * hidden) if save and SAVED[cell] else (0,)),
+        gates.new_empty((rows, directions * count * hidden) if count else (0,)),
     )
 
 
@@ -86,6 +98,10 @@ def _backward_fake(
     lengths: Tensor | None,
     cell: int,
     variant: int,
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = output.shape[0]
     directions, batch, hidden = h0.shape

@@ -66,19 +66,26 @@ def forward(
     lengths: Tensor | None,
     cell: int,
     save: bool,
-    zones: Sequence[Tensor | float] = (),
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
     norms: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, hn, cn, saved); see _schema.py.  fp32 (fp64 of fp64) throughout, rounded at the end.
 
-    With ``zones``, h's and the LSTM's c's, a new state is ``zone * old + (1 - zone) * new``: (rows, D * H), or one
-    number.  With ``norms``, for each direction what :func:`bigkern.ops.rnn` calls layer_norm, W_hh h is normalised.
+    What zoneout would add to ``saved`` is not there: its gradient is autograd's.  With ``norms``, for each direction
+    what :func:`bigkern.ops.rnn` calls layer_norm, W_hh h is normalised.
     """
     dtype, compute = gates.dtype, accumulator(gates.dtype)
     directions, batch, hidden = h0.shape
     sizes = _sizes(gates.shape[0], batch, offsets)
     steps = gates.to(compute).unflatten(1, (directions, GATES[cell], hidden)).split(sizes)
-    blends = [zone.split(sizes) if isinstance(zone, Tensor) else [zone] * len(sizes) for zone in zones]
+    blends = [
+        [mean] * len(sizes) if weights is None else weights.split(sizes)
+        for weights, mean in ((zone, zoneout), (cell_zone, cell_zoneout))
+    ]
+    zoned = zone is not None or cell_zone is not None or zoneout != 0 or cell_zoneout != 0
     outputs, kept, last_h, last_c = [], [], [], []
     for direction in range(directions):
         weight = weight_hh[direction].to(compute).t()
@@ -97,7 +104,7 @@ def forward(
             product = normalise(read @ weight, norm[1]) if norm else read @ weight
             a = product.unflatten(1, (GATES[cell], hidden))
             new_h, new_c, values = _cell(cell, steps[t][:, direction], a, bias, old_h, old_c, keep, norm[2:])
-            if blends:
+            if zoned:
                 new_h = _blend(new_h, old_h, blends[0][t], units)
                 new_c = new_c if c is None else _blend(new_c, old_c, blends[1][t], units)
             done[t] = new_h, values

@@ -1,10 +1,10 @@
 """Recurrent layers in Triton, and their raw ops: a product and a fused cell for each step; of small 16-bit layers
-all of the forward pass in one, a program for each sixteen sequences.
+all steps in one launch, a program for each sixteen sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -96,15 +96,44 @@ def _forward(
     cell: int,
     save: bool,
     variant: int,
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from bigkern.ops.rnn._triton_kernels import cell_forward
-
-    if _runs_whole(variant, cell, h0.shape[2], gates.dtype):
-        return _forward_whole(gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths, cell, save)
-    rows, (directions, batch, hidden) = gates.shape[0], h0.shape
-    width, kept = GATES[cell] * hidden, SAVED[cell] if save else 0
+    _refuse_zoneout(zone, cell_zone, zoneout, cell_zoneout)
+    rows, (directions, _, hidden) = gates.shape[0], h0.shape
+    kept = SAVED[cell] if save else 0
     output = gates.new_empty((rows, directions * hidden))
     saved = gates.new_empty((rows, directions * kept * hidden)) if kept else gates.new_empty((0,))
+    if _runs_whole(variant, cell, hidden, gates.dtype):
+        from bigkern.ops.rnn._triton_kernels import sequence_forward
+
+        hn, cn = torch.empty_like(h0), gates.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+        last = (hn, None if c0 is None else cn, saved if kept else None)
+        given = (gates, weight_hh, bias_hn, h0, c0, mask, offsets, lengths)
+        _launch_whole(sequence_forward, 8, rows, h0, cell, offsets, *given, output, *last)
+        return output, hn, cn, saved
+    return output, *_forward_steps(gates, weight_hh, bias_hn, h0, c0, mask, offsets, cell, output, saved), saved
+
+
+def _forward_steps(
+    gates: Tensor,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    cell: int,
+    output: Tensor,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fills output and saved, two launches a step; (hn, cn)."""
+    from bigkern.ops.rnn._triton_kernels import cell_forward
+
+    rows, (directions, batch, hidden) = gates.shape[0], h0.shape
+    width, kept = GATES[cell] * hidden, SAVED[cell] if saved.dim() > 1 else 0
     h = h0.to(torch.float32, copy=True)
     c = None if c0 is None else c0.to(torch.float32, copy=True)
     operand = h0.clone() if mask is None else h0 * mask
@@ -135,7 +164,7 @@ def _forward(
                     BLOCK=_BLOCK,
                 )
     dtype = gates.dtype
-    return output, h.to(dtype), gates.new_empty((0,)) if c is None else c.to(dtype), saved
+    return h.to(dtype), gates.new_empty((0,)) if c is None else c.to(dtype)
 
 
 def _backward(
@@ -152,15 +181,51 @@ def _backward(
     lengths: Tensor | None,
     cell: int,
     variant: int,
+    zone: Tensor | None = None,
+    cell_zone: Tensor | None = None,
+    zoneout: float = 0.0,
+    cell_zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_zoneout(zone, cell_zone, zoneout, cell_zoneout)
+    rows, (directions, _, hidden) = output.shape[0], h0.shape
+    is_gru = _schema.CELLS[cell] == "GRU"
+    grad_gates = output.new_empty((rows, directions * GATES[cell] * hidden))
+    grad_hidden = output.new_empty((rows, directions * hidden)) if is_gru else output.new_empty((0,))
+    if _runs_whole(variant, cell, hidden, output.dtype):
+        from bigkern.ops.rnn._triton_kernels import sequence_backward
+
+        grads = (grad_output, grad_hn, None if c0 is None else grad_cn)
+        grad_h0, grad_c0 = torch.empty_like(h0), output.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+        given = (output, saved if SAVED[cell] else None, weight_t, h0, c0, mask, offsets, lengths)
+        found = (grad_gates, grad_hidden if is_gru else None, grad_h0, None if c0 is None else grad_c0)
+        _launch_whole(sequence_backward, 16, rows, h0, cell, offsets, *grads, *given, *found)
+        return grad_gates, grad_hidden, grad_h0, grad_c0
+    firsts = _backward_steps(
+        grad_output, grad_hn, grad_cn, output, saved, weight_t, h0, c0, mask, offsets, cell, grad_gates, grad_hidden
+    )
+    return grad_gates, grad_hidden, *firsts
+
+
+def _backward_steps(
+    grad_output: Tensor | None,
+    grad_hn: Tensor | None,
+    grad_cn: Tensor | None,
+    output: Tensor,
+    saved: Tensor,
+    weight_t: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    cell: int,
+    grad_gates: Tensor,
+    grad_hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fills grad_gates and grad_hidden, two launches a step; (grad_h0, grad_c0)."""
     from bigkern.ops.rnn._triton_kernels import cell_backward
 
-    _refuse_grid(variant)
     rows, (directions, batch, hidden) = output.shape[0], h0.shape
-    width, kept = GATES[cell] * hidden, SAVED[cell]
-    is_gru = _schema.CELLS[cell] == "GRU"
-    grad_gates = output.new_empty((rows, directions * width))
-    grad_hidden = output.new_empty((rows, directions * hidden)) if is_gru else output.new_empty((0,))
+    width, kept, is_gru = GATES[cell] * hidden, SAVED[cell], _schema.CELLS[cell] == "GRU"
     dh = torch.zeros_like(h0, dtype=torch.float32) if grad_hn is None else grad_hn.to(torch.float32, copy=True)
     dc = None
     if c0 is not None:
@@ -203,7 +268,12 @@ def _backward(
                 reached = operand[:live] @ weight
                 dh[direction, :live] += reached if mask is None else reached * mask[direction, :live]
     dtype = output.dtype
-    return grad_gates, grad_hidden, dh.to(dtype), output.new_empty((0,)) if dc is None else dc.to(dtype)
+    return dh.to(dtype), output.new_empty((0,)) if dc is None else dc.to(dtype)
+
+
+def _refuse_zoneout(*zoning: Tensor | float | None) -> None:
+    if any(isinstance(given, Tensor) or given for given in zoning):
+        raise ValueError("rnn: a zone or a zoneout was given; the Triton kernels have no zoneout")
 
 
 def _refuse_grid(variant: int) -> None:
@@ -220,40 +290,17 @@ def _runs_whole(variant: int, cell: int, hidden: int, dtype: torch.dtype) -> boo
     return name == "block" or (name == "auto" and _fits(cell, hidden, dtype))
 
 
-def _forward_whole(
-    gates: Tensor,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    lengths: Tensor | None,
-    cell: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All steps in one launch.  A packed batch is not waited for: its lengths stay on the GPU."""
-    from bigkern.ops.rnn._triton_kernels import sequence_forward
+def _launch_whole(
+    kernel: Callable, warps: int, rows: int, h0: Tensor, cell: int, offsets: Tensor | None, *tensors: Tensor | None
+) -> None:
+    """All steps of either pass in one launch.  A packed batch is not waited for: its lengths stay on the GPU.
 
-    rows, (directions, batch, hidden) = gates.shape[0], h0.shape
-    kept = SAVED[cell] if save else 0
-    output = gates.new_empty((rows, directions * hidden))
-    saved = gates.new_empty((rows, directions * kept * hidden)) if kept else gates.new_empty((0,))
-    hn, cn = torch.empty_like(h0), gates.new_empty((0,)) if c0 is None else torch.empty_like(c0)
-    with _triton_support.device_guard(gates.device):
-        sequence_forward[(-(-batch // _ROWS), directions)](
-            gates,
-            weight_hh,
-            bias_hn,
-            h0,
-            c0,
-            mask,
-            offsets,
-            lengths,
-            output,
-            hn,
-            None if c0 is None else cn,
-            saved if kept else None,
+    ``warps`` is for cells of several gates: what registers hold without a spill.
+    """
+    directions, batch, hidden = h0.shape
+    with _triton_support.device_guard(h0.device):
+        kernel[(-(-batch // _ROWS), directions)](
+            *tensors,
             rows // batch if offsets is None else offsets.shape[0],
             batch,
             hidden,
@@ -262,10 +309,9 @@ def _forward_whole(
             SAVED=SAVED[cell],
             ROWS=_ROWS,
             UNITS=_units(hidden),
-            num_warps=4 if GATES[cell] == 1 else 8,  # what registers hold without a spill
+            num_warps=4 if GATES[cell] == 1 else warps,
             num_stages=1,  # the weights come from L1 and L2: copies ahead would not fit shared memory
         )
-    return output, hn, cn, saved
 
 
 def _steps(rows: int, batch: int, offsets: Tensor | None) -> tuple[list[int], list[int]]:

@@ -1,5 +1,5 @@
 """The fused cells in Triton: all gates of one step in one kernel, forward and backward; and, where W_hh fits one
-program, all steps of the forward pass in one.
+program, all steps in one.
 
 Step by step the product with W_hh is torch.matmul's.  Imported at the first launch.
 """
@@ -86,6 +86,31 @@ def cell_forward(
 
 
 @triton.jit
+def _lstm_gradients(grad, dc, i, f, g, o, tanh_c, c_before, KIND: tl.constexpr):
+    """Of the gates i, f, g, o from those of the new h and c; and that of the old c."""
+    d = dc + grad * o * (1.0 - tanh_c) * (1.0 + tanh_c)
+    return (
+        (d * g * i * (1.0 - i)).to(KIND),
+        (d * c_before * f * (1.0 - f)).to(KIND),
+        (d * i * (1.0 - g) * (1.0 + g)).to(KIND),
+        (grad * tanh_c * o * (1.0 - o)).to(KIND),
+        d * f,
+    )
+
+
+@triton.jit
+def _gru_gradients(grad, r, z, n, inner, h_before, KIND: tl.constexpr):
+    """Of the gates r, z, n from that of the new h; and of W h + b_hn."""
+    dn = grad * (1.0 - z) * (1.0 - n) * (1.0 + n)
+    return (
+        (dn * inner * r * (1.0 - r)).to(KIND),
+        (grad * (h_before - n) * z * (1.0 - z)).to(KIND),
+        dn.to(KIND),
+        (dn * r).to(KIND),
+    )
+
+
+@triton.jit
 def cell_backward(
     grad_output,  # of the step's first row, this direction: rows of row_output; or None
     dh,  # (batch, hidden) fp32: the new state's gradient, replaced by what passes W_hh by
@@ -132,12 +157,10 @@ def cell_backward(
         s3 = tl.load(saved_at + 3 * hidden, inside, 0.0).to(tl.float32)
     if CELL == 2:
         tanh_c = tanh(tl.load(saved_at + 4 * hidden, inside, 0.0).to(tl.float32))
-        d = tl.load(dc + i, inside, 0.0) + grad * s3 * (1.0 - tanh_c) * (1.0 + tanh_c)
-        g0 = (d * s2 * s0 * (1.0 - s0)).to(kind)
-        g1 = (d * earlier * s1 * (1.0 - s1)).to(kind)
-        g2 = (d * s0 * (1.0 - s2) * (1.0 + s2)).to(kind)
-        g3 = (grad * tanh_c * s3 * (1.0 - s3)).to(kind)
-        tl.store(dc + i, d * s1, inside)
+        g0, g1, g2, g3, dc_before = _lstm_gradients(
+            grad, tl.load(dc + i, inside, 0.0), s0, s1, s2, s3, tanh_c, earlier, kind
+        )
+        tl.store(dc + i, dc_before, inside)
         tl.store(gates_at, g0, inside)
         tl.store(gates_at + hidden, g1, inside)
         tl.store(gates_at + 2 * hidden, g2, inside)
@@ -147,14 +170,11 @@ def cell_backward(
         tl.store(operand_at + 2 * hidden, g2, inside)
         tl.store(operand_at + 3 * hidden, g3, inside)
     elif CELL == 3:
-        dn = grad * (1.0 - s1) * (1.0 - s2) * (1.0 + s2)
-        g0 = (dn * s3 * s0 * (1.0 - s0)).to(kind)
-        g1 = (grad * (earlier - s2) * s1 * (1.0 - s1)).to(kind)
-        inner = (dn * s0).to(kind)
+        g0, g1, g2, inner = _gru_gradients(grad, s0, s1, s2, s3, earlier, kind)
         bypass = grad * s1
         tl.store(gates_at, g0, inside)
         tl.store(gates_at + hidden, g1, inside)
-        tl.store(gates_at + 2 * hidden, dn.to(kind), inside)
+        tl.store(gates_at + 2 * hidden, g2, inside)
         tl.store(grad_hidden + row * row_output + unit, inner, inside)
         tl.store(operand_at, g0, inside)
         tl.store(operand_at + hidden, g1, inside)
@@ -172,6 +192,16 @@ def cell_backward(
 def _product(states, weight, at, inside, KIND: tl.constexpr):
     """states (ROWS, K) times the transpose of one gate's weights: (ROWS, K) in fp32."""
     return tl.dot(states.to(KIND), tl.load(weight + at, inside, 0.0))
+
+
+@triton.jit
+def _part(step, direction, directions, sequence, length, batch, offsets, active):
+    """Where each sequence's step number ``step`` of this direction stands among the rows' parts."""
+    time = step + direction * (length - 1 - 2 * step)
+    row = time * batch + sequence
+    if offsets is not None:
+        row = tl.load(offsets + time, active, 0) + sequence
+    return row * directions + direction
 
 
 @triton.jit
@@ -226,11 +256,7 @@ def sequence_forward(
     for step in range(steps):
         active = live & (step < length)
         inside = active[:, None] & (unit < hidden)[None, :]
-        time = step + direction * (length - 1 - 2 * step)
-        row = time * batch + sequence
-        if offsets is not None:
-            row = tl.load(offsets + time, active, 0) + sequence
-        part = row * directions + direction
+        part = _part(step, direction, directions, sequence, length, batch, offsets, active)
         x_at = gates + (part * GATES * hidden)[:, None] + unit[None, :]
         states = h * scale
         total0 = tl.load(x_at, inside, 0.0).to(tl.float32) + _product(states, own, weight_at, square, kind)
@@ -274,3 +300,111 @@ def sequence_forward(
     tl.store(hn + state_at, h.to(kind), here)
     if CELL == 2:
         tl.store(cn + state_at, c.to(kind), here)
+
+
+@triton.jit
+def sequence_backward(
+    grad_output,  # (rows, directions * hidden) or None
+    grad_hn,  # (directions, batch, hidden) or None
+    grad_cn,  # the same
+    output,  # (rows, directions * hidden)
+    saved,  # (rows, directions * S * hidden) or None
+    weight,  # (directions, hidden, G * hidden): transposed
+    h0,  # (directions, batch, hidden)
+    c0,  # the same; LSTM's, or None
+    mask,  # the same, or None
+    offsets,  # (steps,) and lengths (batch,) int64 of a packed batch, or None
+    lengths,
+    grad_gates,  # (rows, directions * G * hidden)
+    grad_hidden,  # (rows, directions * hidden); GRU's, or None
+    grad_h0,  # as h0
+    grad_c0,  # as h0; LSTM's, or None
+    steps,
+    batch,
+    hidden,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    direction = tl.program_id(1).to(tl.int64)
+    directions = tl.num_programs(1)
+    kind = output.dtype.element_ty
+    unit = tl.arange(0, UNITS)
+    sequence = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = sequence < batch
+    here = live[:, None] & (unit < hidden)[None, :]
+    length = tl.zeros_like(sequence) + steps
+    if lengths is not None:
+        length = tl.load(lengths + sequence, live, 0)
+    state_at = (direction * batch + sequence)[:, None] * hidden + unit[None, :]
+    dh = tl.zeros([ROWS, UNITS], tl.float32)
+    dc = tl.zeros([ROWS, UNITS], tl.float32)
+    if grad_hn is not None:
+        dh = tl.load(grad_hn + state_at, here, 0.0).to(tl.float32)
+    if grad_cn is not None:
+        dc = tl.load(grad_cn + state_at, here, 0.0).to(tl.float32)
+    scale = tl.zeros_like(dh) + 1.0
+    if mask is not None:
+        scale = tl.load(mask + state_at, here, 0.0).to(tl.float32)
+    # Element (unit of a gate, k) of W_hh.
+    own = weight + direction * GATES * hidden * hidden
+    weight_at = unit[None, :] * (GATES * hidden) + unit[:, None]
+    square = (unit < hidden)[None, :] & (unit < hidden)[:, None]
+    for back in range(steps):
+        step = steps - 1 - back
+        active = live & (step < length)
+        inside = active[:, None] & (unit < hidden)[None, :]
+        part = _part(step, direction, directions, sequence, length, batch, offsets, active)
+        output_at = (part * hidden)[:, None] + unit[None, :]
+        gates_at = grad_gates + (part * GATES * hidden)[:, None] + unit[None, :]
+        grad = dh
+        if grad_output is not None:
+            grad += tl.load(grad_output + output_at, inside, 0.0).to(tl.float32)
+        past = tl.zeros_like(grad)
+        if CELL >= 2:
+            saved_at = saved + (part * SAVED * hidden)[:, None] + unit[None, :]
+            s0 = tl.load(saved_at, inside, 0.0).to(tl.float32)
+            s1 = tl.load(saved_at + hidden, inside, 0.0).to(tl.float32)
+            s2 = tl.load(saved_at + 2 * hidden, inside, 0.0).to(tl.float32)
+            s3 = tl.load(saved_at + 3 * hidden, inside, 0.0).to(tl.float32)
+            first = tl.zeros_like(sequence) + step == 0
+            later = first == 0
+            earlier = _part(step - 1, direction, directions, sequence, length, batch, offsets, active & later)
+            if CELL == 2:
+                before_at = saved + ((earlier * SAVED + 4) * hidden)[:, None] + unit[None, :]
+                first_at = c0 + state_at
+            else:
+                before_at = output + (earlier * hidden)[:, None] + unit[None, :]
+                first_at = h0 + state_at
+            before = tl.load(before_at, inside & later[:, None], 0.0).to(tl.float32)
+            before += tl.load(first_at, inside & first[:, None], 0.0).to(tl.float32)
+        if CELL == 2:
+            tanh_c = tanh(tl.load(saved_at + 4 * hidden, inside, 0.0).to(tl.float32))
+            g0, g1, g2, g3, dc_before = _lstm_gradients(grad, dc, s0, s1, s2, s3, tanh_c, before, kind)
+            dc = tl.where(inside, dc_before, dc)
+            tl.store(gates_at + hidden, g1, inside)
+            tl.store(gates_at + 2 * hidden, g2, inside)
+            tl.store(gates_at + 3 * hidden, g3, inside)
+        elif CELL == 3:
+            g0, g1, dn, g2 = _gru_gradients(grad, s0, s1, s2, s3, before, kind)
+            past = grad * s1
+            tl.store(gates_at + hidden, g1, inside)
+            tl.store(gates_at + 2 * hidden, dn, inside)
+            tl.store(grad_hidden + output_at, g2, inside)
+        else:
+            y = tl.load(output + output_at, inside, 0.0).to(tl.float32)
+            g0 = tl.where(y <= 0.0, 0.0, grad) if CELL == 1 else grad * (1.0 - y) * (1.0 + y)
+            g0 = g0.to(kind)
+        tl.store(gates_at, g0, inside)
+        reached = _product(g0, own, weight_at, square, kind)
+        if CELL >= 2:
+            reached += _product(g1, own + hidden, weight_at, square, kind)
+            reached += _product(g2, own + 2 * hidden, weight_at, square, kind)
+        if CELL == 2:
+            reached += _product(g3, own + 3 * hidden, weight_at, square, kind)
+        dh = tl.where(inside, past + scale * reached, dh)
+    tl.store(grad_h0 + state_at, dh.to(kind), here)
+    if CELL == 2:
+        tl.store(grad_c0 + state_at, dc.to(kind), here)
