@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import Candidate, Problem, Refused, compile_candidate, eager_candidate
 from benchmarks.static import KernelPlan
+from benchmarks.tune import Tunable
 from bigkern.ops._case import Case, Inputs, Outputs
 from bigkern.ops.attention._cases import make_case
 
@@ -105,6 +106,32 @@ static_plan = [
     KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_queries_kernel<", 256, 64),
     KernelPlan(r"^attention::attention_backward_slopes_kernel<", 128, 64),
+]
+
+
+# Keys a tile and warpgroups of 64 queries, by head_dim.
+_HOPPER_TILINGS = {
+    64: ("{128, 3}", "{128, 2}", "{192, 2}"),
+    128: ("{128, 2}", "{176, 2}"),
+    192: ("{96, 2}", "{64, 2}"),
+    256: ("{80, 2}", "{64, 2}"),
+}
+tunables = [
+    Tunable(
+        f"attention forward on Hopper, head_dim {dim}",
+        "csrc/kernels/attention_hopper_forward.cuh",
+        f"constexpr HopperForwardTiling kHopperForward{dim} =",
+        tilings,
+        (9, 0),
+        (
+            *("attention", "--function", "attention", "attention_causal", "--dtype", "bf16", "--direction", "forward"),
+            *(
+                "--shape",
+                *(f"{batch}x{2048 // dim}x{2048 // dim}x{n}x{n}x{dim}" for batch, n in ((8, 2048), (1, 16384))),
+            ),
+        ),
+    )
+    for dim, tilings in _HOPPER_TILINGS.items()
 ]
 
 

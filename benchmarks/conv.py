@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import Candidate, Problem, Refused, compile_candidate, eager_candidate
 from benchmarks.static import KernelPlan
+from benchmarks.tune import Tunable
 from bigkern.ops import conv2d
 from bigkern.ops._case import Case, Inputs, Outputs
 from bigkern.ops.conv._cases import make_case
@@ -117,6 +118,26 @@ static_plan = [
     KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, [48]>", 256, 128, vectorised=True),
     KernelPlan(r"^conv_(pool|backward_epilogue)_kernel<\w+, 1>", 256, 128),
     KernelPlan(r"^conv_(permute|sum_parts)_kernel<", 256, 64),
+]
+
+# Places, filters and stages of each tile that a convolution is cut into; a stage more leaves slabs of pixels less room.
+tunables = [
+    Tunable(
+        "convolution on Hopper",
+        "csrc/kernels/conv_hopper_plan.cuh",
+        "constexpr HopperTile kHopperTiles[] =",
+        (
+            "{{256, 128, 4}, {256, 64, 4}, {128, 64, 4}}",
+            "{{256, 128, 3}, {256, 64, 4}, {128, 64, 4}}",
+            "{{128, 128, 4}, {256, 64, 4}, {128, 64, 4}}",
+        ),
+        (9, 0),
+        (
+            *("conv", "--function", "conv2d", "--dtype", "bf16", "--direction", "forward", "--shape"),
+            *(f"256x{c}x{size}x{size}x{c}x3x1x1x1" for c, size in ((64, 56), (128, 28), (256, 14), (512, 7))),
+            *("256x512x7x7x2048x1x1x0x1", "256x256x14x14x1024x1x1x0x1"),
+        ),
+    )
 ]
 
 

@@ -54,24 +54,23 @@
 namespace bigkern {
 namespace attention {
 
-// What may be chosen by measuring: keys a tile, and warpgroups of 64 queries. Nothing chooses by itself yet.
+// What a measured run chooses: keys a tile, and warpgroups of 64 queries. The candidates stand in
+// benchmarks/attention.py; all of them compile without spills.
 struct HopperForwardTiling {
   int keys, consumers;
 };
+constexpr HopperForwardTiling kHopperForward64 = {128, 3};
+constexpr HopperForwardTiling kHopperForward128 = {128, 2};
+constexpr HopperForwardTiling kHopperForward192 = {96, 2};
+constexpr HopperForwardTiling kHopperForward256 = {80, 2};
 
-// The first of each row is used; the others also compile without spills. Features take more registers and make the
-// softmax, not the products, the longer part.
+// Features take more registers and make the softmax, not the products, the longer part.
 constexpr HopperForwardTiling hopper_forward_tiling(int dim, bool plain) {
-  switch (dim) {
-    case 64:
-      return plain ? HopperForwardTiling{128, 3} : HopperForwardTiling{64, 2};  // plain: {192, 2}, {128, 2}
-    case 128:
-      return plain ? HopperForwardTiling{128, 2} : HopperForwardTiling{64, 2};  // plain: {176, 2}
-    case 192:
-      return plain ? HopperForwardTiling{96, 2} : HopperForwardTiling{64, 2};
-    default:
-      return plain ? HopperForwardTiling{80, 2} : HopperForwardTiling{48, 2};  // plain: {64, 2}
-  }
+  if (!plain) return {dim <= 192 ? 64 : 48, 2};
+  return dim == 64    ? kHopperForward64
+         : dim == 128 ? kHopperForward128
+         : dim == 192 ? kHopperForward192
+                      : kHopperForward256;
 }
 
 template <int kStages, int kConsumers>
