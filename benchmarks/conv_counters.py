@@ -57,8 +57,7 @@ class Count(NamedTuple):
 
 @cache
 def library(build: str = "plain") -> emulated.Library:
-    sources = [_SOURCE, emulated.CSRC / "kernels/conv_hopper_bf16.cu"]  # which the launchers name
-    return emulated.open_library(emulated.build_library(sources, build, "conv_counters"), build)
+    return emulated.open_library(emulated.build_library([_SOURCE], build, "conv_counters"), build)
 
 
 def count(
