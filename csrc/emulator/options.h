@@ -20,7 +20,7 @@ struct Options {
   Order order = Order::kForward;
   uint64_t seed = 1;
   int workers = 0;   // OS threads the blocks are spread over; 0: one for each core
-  int resident = 1;  // blocks a worker keeps in flight; a cooperative launch keeps all of them
+  int resident = 1;  // blocks, or clusters, a worker keeps in flight; a cooperative launch keeps all of them
   AsyncMode async_mode = AsyncMode::kDrawn;
   bool bank_conflicts = false;        // count them (bank_conflicts.h); slower
   bool strict_exit = true;            // a thread that exits while others still meet at __syncthreads is an error

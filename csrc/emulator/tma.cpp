@@ -164,6 +164,10 @@ void put_bytes(char* dst, const char* src, size_t bytes, Fiber* fiber) {
   std::memcpy(dst, src, bytes);
 }
 
+void issue_load(std::function<void()> load) {
+  issue_copy(*current->block, std::move(load));
+}
+
 // A store in two steps, which the hardware also tells apart: reading shared memory, writing global memory.
 struct Store {
   std::function<std::vector<char>()> read;
@@ -240,7 +244,7 @@ void tma_load(void* dst, const TensorMap& map, Mbarrier* barrier, const int* sta
   check_shared(dst, box.bytes, 128, "tma_load", where);
   mbarrier_check_issue(barrier, "tma_load", where);
   counters().tma_load_bytes += box.bytes;
-  issue_copy(*current->block, [box, dst, barrier, fiber = current] {
+  issue_load([box, dst, barrier, fiber = current] {
     land(box, *fiber->block, static_cast<char*>(dst), true, fiber);
     mbarrier_complete_tx(*fiber->block, barrier, static_cast<uint32_t>(box.bytes), fiber);
   });
@@ -320,7 +324,7 @@ void bulk_load(void* dst, const void* src, uint32_t bytes, Mbarrier* barrier, Wh
   RuntimeScope scope;
   check_bulk(dst, src, bytes, "bulk_load", where);
   mbarrier_check_issue(barrier, "bulk_load", where);
-  issue_copy(*current->block, [=, fiber = current] {
+  issue_load([=, fiber = current] {
     record_access(fiber, src, bytes, Access::kRead);
     record_access(fiber, dst, bytes, Access::kWrite, Proxy::kAsync);
     std::memcpy(dst, src, bytes);

@@ -215,14 +215,6 @@ BUGS = [
         "plain",
     ),
     Bug(
-        "waits for the bytes of one block only",
-        "layer_norm_cluster",
-        NORM_CLUSTER,
-        "size * sizeof(Value)",
-        "sizeof(Value)",
-        "plain",
-    ),
-    Bug(
         "halo of the pooled box one column short",
         "conv",
         CONV_GEMM,
