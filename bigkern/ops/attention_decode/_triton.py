@@ -109,7 +109,7 @@ def _tile(dim: int, dtype: torch.dtype, pairs: int) -> Tile:
 
     Tiles of 16 KB of keys and values, three in flight, leave room for two programs a multiprocessor and more.
     """
-    rows = 64 if pairs > 16 and dim <= 128 and dtype != torch.float32 else 16
+    rows = 32 if pairs > 16 and dim <= 128 and dtype != torch.float32 else 16
     if support.INTERPRETED:  # which has no registers, and takes its time by the tile
         return Tile(rows, 64, 4, 1)
     width = dim * dtype.itemsize
