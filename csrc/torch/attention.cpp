@@ -261,7 +261,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     refuse(kOp, ": need_grad_mask was asked for without an additive attn_mask");
   }
   if (need_grad_slopes && !alibi_slopes) refuse(kOp, ": need_grad_slopes was asked for without alibi_slopes");
-  if (need_grad_slopes) refuse(kOp, ": need_grad_slopes was asked for, which the kernels do not compute");
 
   const bool packed = params.cu_seqlens_q != nullptr;
   const bool empty = query.numel() == 0 || key.numel() == 0 || value.numel() == 0 || params.batch == 0 ||
@@ -298,6 +297,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     broadcast_strides(sums, params.mask_gradient_strides);
   }
   Tensor grad_slopes = new_empty(query, {0}, ScalarType::Float);
+  if (need_grad_slopes) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < alibi_slopes->dim(); i++) sizes.push_back(alibi_slopes->size(i));
+    grad_slopes = new_zeros(query, sizes, ScalarType::Float);
+  }
   if (empty) return {grad_query, grad_key, grad_value, grad_mask, grad_slopes};
 
   params.query = view(query);
@@ -310,6 +314,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   params.grad_value = view(grad_value);
   params.lse = static_cast<const float*>(lse.const_data_ptr());
   params.grad_lse = static_cast<const float*>(binding::data_or_null(grad_lse));
+  if (need_grad_slopes) params.grad_slopes = static_cast<float*>(grad_slopes.mutable_data_ptr());
   params.deterministic = deterministic;
   const DeviceScope device(query);
   ZeroableWorkspace workspace(query);

@@ -27,8 +27,8 @@ def unsupported(
         )
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}; the CUDA kernels take bool, float32 and the query's dtype"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return "alibi_slopes requires a gradient, which the CUDA kernels do not compute: detach it, or use torch"
+    if alibi_slopes is not None and alibi_slopes.dtype != torch.float32:
+        return f"alibi_slopes is {alibi_slopes.dtype}; the CUDA kernels take float32: convert it with .float()"
     return None
 
 
