@@ -233,8 +233,6 @@ def test_gradient_of_one_output_only(backend, device, used):
     ids=str,
 )
 def test_gradient_of_alibi_slopes(backend, device, case, shape):
-    if backend == "triton":
-        pytest.skip("its kernels do not compute it, and refuse")
     inputs = [*case.inputs(device), (torch.rand(shape, device=device) - 0.3).requires_grad_()]
 
     def reference(q, k, v, slopes):
@@ -253,8 +251,6 @@ def test_gradient_of_alibi_slopes(backend, device, case, shape):
 
 @pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=["heads", "sequences"])
 def test_gradient_of_alibi_slopes_of_packed_sequences(backend, device, shape):
-    if backend == "triton":
-        pytest.skip("its kernels do not compute it, and refuse")
     inputs = [packed([5, 0, 70], 2, 16, torch.float32, device, seed) for seed in range(3)]
     cu = cumulative([5, 0, 70], device)
     inputs.append(torch.rand(shape, device=device).requires_grad_())

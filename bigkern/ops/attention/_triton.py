@@ -192,11 +192,13 @@ def _tile(kernel: str, dim: int, dtype: torch.dtype, plain: bool) -> Tile:
     if kernel == "forward":
         if dim > 128:
             return Tile(64 if plain else 32, 32, 8, 2)
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 64 if dim <= 64 or plain else 32, 8, 3)
     if kernel == "mask" and dim > 128:
         return Tile(16, 32, 4, 1)
     if dim <= 64 and plain:
         return Tile(64, 64, 4, 2)
+    if dim <= 64 and kernel == "keys":
+        return Tile(16, 64, 8, 2)
     if dim <= 64 or (dim <= 128 and (plain or kernel != "keys")):
         return Tile(32, 64, 8, 2) if kernel == "keys" else Tile(64, 32, 8, 2)
     return Tile(32, 32, 8, 2)

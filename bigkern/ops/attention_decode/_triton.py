@@ -107,13 +107,14 @@ class Tile(NamedTuple):
 def _tile(dim: int, dtype: torch.dtype, pairs: int) -> Tile:
     """dim is the padded one.  Bound by registers: tests/triton/test_attention_aot.py watches.
 
-    Tiles of 16 KB of keys and values, three in flight, leave room for two programs a multiprocessor and more.
+    Tiles of 16 KB of keys and values, three in flight, leave room for two programs a multiprocessor and more; fp32
+    products in three parts have registers for 16 keys.
     """
-    rows = 64 if pairs > 16 and dim <= 128 and dtype != torch.float32 else 16
+    rows = 32 if pairs > 16 and dim <= 128 and dtype != torch.float32 else 16
     if support.INTERPRETED:  # which has no registers, and takes its time by the tile
         return Tile(rows, 64, 4, 1)
     width = dim * dtype.itemsize
-    return Tile(rows, max(16, 8192 // width), 4, 3 if width <= 512 else 2)
+    return Tile(rows, 16 if dtype == torch.float32 else 8192 // width, 4, 3 if width <= 512 else 2)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
