@@ -104,6 +104,7 @@ static_plan = [
     KernelPlan(r"^attention::attention_combine_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_queries_kernel<", 256, 64),
+    KernelPlan(r"^attention::attention_backward_slopes_kernel<", 128, 64),
 ]
 
 

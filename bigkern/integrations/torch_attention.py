@@ -122,6 +122,7 @@ def backward(
         logsumexp,
         *options,
         False,
+        False,
         torch.are_deterministic_algorithms_enabled(),
     )
     return tuple(_like(grad, tensor) for grad, tensor in zip(grads, (query, key, value), strict=False))

@@ -7,6 +7,7 @@
 //     delta_i = g_i . output_i - grad_lse_i            ds_ij = p_ij (m_ij g_i . v_j - delta_i)      grad_mask = ds
 //     grad_v_j = sum over i of m_ij p_ij g_i           c_ij = 1, or 1 - tanh^2 under softcap
 //     grad_q_i = scale sum over j of ds_ij c_ij k_j    grad_k_j = scale sum over i of ds_ij c_ij q_i
+//     grad_slope = -sum over i and j of ds_ij |position_i - j|
 //
 // Floors. Forward 4 B H Sq Sk d FLOP, backward 2.5 times that, half of each if causal; against bytes read and written
 // once they matter from a few hundred rows on, and below (decoding) the bytes of key and value do.
@@ -186,14 +187,38 @@ __device__ __forceinline__ void accumulator_to_a(uint32_t (&a)[4], const float (
   }
 }
 
+// How many steps of a product whose left operand is accumulators are unrolled, and of how many column tiles: what fp32
+// has no registers for, if the compiler may have them all in flight at once.
+template <class T>
+constexpr int kUnrolledSteps = sizeof(T) == 2 ? 8 : 1;
+template <class T>
+constexpr int kColumnTiles = sizeof(T) == 2 ? 32 : 4;
+
+// Step `step` of such a loop, whose steps follow each other from 0 to the last. Where it is not unrolled, accumulators
+// go round, for registers have no index.
+template <class T, int kTiles>
+__device__ __forceinline__ void next_a(uint32_t (&a)[4], float (&c)[kTiles][4], int step) {
+  if constexpr (kUnrolledSteps<T> > 1) {
+    accumulator_to_a<T>(a, c, step);
+  } else {
+    accumulator_to_a<T>(a, c, 0);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float first = c[0][e];
+#pragma unroll
+      for (int i = 1; i < kTiles; i++) c[i - 1][e] = c[i][e];
+      c[kTiles - 1][e] = first;
+    }
+  }
+}
+
 // d += a b, 16 x 8. fp32: of a = a' + a'' and b = b' + b'', each part a tf32, all four products, the smallest first;
-// without a'' b'' gradients were up to 4 times as wrong as torch's (emulated).
+// without a'' b'' gradients were up to 4 times as wrong as torch's (emulated). They make a sum of their own, which is
+// added by an instruction that rounds to nearest (Ootomo, Yokota: "Recovering single precision accuracy from Tensor
+// Cores", 2022; tensor cores truncate).
 //
-// kApart: in a sum of their own, which is added by an instruction that rounds to nearest (Ootomo, Yokota: "Recovering
-// single precision accuracy from Tensor Cores", 2022; tensor cores truncate). Scores and gradients of weights want it,
-// since differences of them are taken; the long sums over them have no registers for it. At head_dim 256 the
-// forward has none for the fourth product either (kAll): gradients there err up to 4.3 times what the rule allows.
-template <class T, bool kApart = false, bool kAll = true>
+// kWhole: b in three parts, which hold all of it: where a row sees one key alone, its value is the output to the bit.
+template <class T, bool kWhole = false>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     mma_m16n8k16_bf16(d, a, {b0, b1});
@@ -212,16 +237,21 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
       b_high[i] = to_tf32(__uint_as_float(b[i]));
       b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
     }
-    float zeros[4] = {};
-    float (&sum)[4] = kApart ? zeros : d;
-    if constexpr (kAll) mma_m16n8k8_tf32(sum, a_low, b_low);
+    float sum[4] = {};
+    if constexpr (kWhole) {
+      uint32_t b_last[2];  // of so few bits that they are a tf32's
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        b_last[i] = __float_as_uint(__uint_as_float(b[i]) - __uint_as_float(b_high[i]) - __uint_as_float(b_low[i]));
+      }
+      mma_m16n8k8_tf32(sum, a_high, b_last);
+    }
+    mma_m16n8k8_tf32(sum, a_low, b_low);
     mma_m16n8k8_tf32(sum, a_low, b_high);
     mma_m16n8k8_tf32(sum, a_high, b_low);
     mma_m16n8k8_tf32(sum, a_high, b_high);
-    if constexpr (kApart) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) d[i] += sum[i];
-    }
+    for (int i = 0; i < 4; i++) d[i] += sum[i];
   }
 }
 
@@ -270,7 +300,9 @@ struct ForwardTile {
   static constexpr int kWarpTiles = (kDim == 64 && !kWide) || (kDim == 128 && kPlain) ? 2 : 1;
   static constexpr int kRows = 4 * 16 * kWarpTiles;
   // More keys a tile with an output of 256 columns would spill.
-  static constexpr int kProductSteps = kPlain && kDim == 128 ? 2 : attention::kProductSteps<T>;  // unrolled
+  static constexpr int kProductSteps = kDim == 256 && kWide    ? 1
+                                       : kPlain && kDim == 128 ? 2
+                                                               : attention::kProductSteps<T>;  // unrolled
   static constexpr int kKeys = kDim == 256 ? 16 : kWide || (kDim == 128 && kPlain) ? 32 : 64;
   static constexpr int kElements = (kRows + 2 * kKeys) * kDim;
 };
@@ -367,8 +399,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
           load_b<T, kDim>(keys, k_tile, 8 * n, k);
 #pragma unroll
           for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T, true, kDim <= 128>(scores[m][n], a[m], keys[0], keys[1]);
-            multiply_add<T, true, kDim <= 128>(scores[m][n + 1], a[m], keys[2], keys[3]);
+            multiply_add<T>(scores[m][n], a[m], keys[0], keys[1]);
+            multiply_add<T>(scores[m][n + 1], a[m], keys[2], keys[3]);
           }
         }
       }
@@ -419,7 +451,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
           top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
           // The difference first: exactly 0 for the largest, however large it is.
           const float base = top == -INFINITY ? 0.0f : top;
-          const float rescale = exp2f((maximum[m][half] - base) * factor);
+          const float rescale = exponential<T>(maximum[m][half] - base, factor);
           maximum[m][half] = top;
           float total = sum[m][half] * rescale;
 #pragma unroll
@@ -427,7 +459,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; e++) {
               float& x = scores[m][n][e];
-              x = exp2f((x - base) * factor);
+              x = exponential<T>(x - base, factor);
               total += x;
               if constexpr (!kPlain) x = kept >> (4 * n + e) & 1 ? x : 0.0f;
             }
@@ -449,19 +481,23 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
       cp_async_commit();
     }
     if (active) {
-#pragma unroll
+#pragma unroll(kUnrolledSteps<T>)
       for (int k = 0; k < kKeys / kDepth<T>; k++) {
         uint32_t weights[kWarpTiles][4];
 #pragma unroll
-        for (int m = 0; m < kWarpTiles; m++) accumulator_to_a<T>(weights[m], scores[m], k);
+        for (int m = 0; m < kWarpTiles; m++) next_a<T>(weights[m], scores[m], k);
 #pragma unroll
-        for (int d = 0; d < kDimTiles; d += 2) {
-          uint32_t values[4];
-          load_b_trans<T, kDim>(values, v_tile, k * kDepth<T>, 8 * d);
+        for (int first = 0; first < kDimTiles; first += kColumnTiles<T>) {
+          if (Tile::kWide && 8 * first >= p.value_dim) break;
 #pragma unroll
-          for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T, false, kDim <= 128>(out[m][d], weights[m], values[0], values[1]);
-            multiply_add<T, false, kDim <= 128>(out[m][d + 1], weights[m], values[2], values[3]);
+          for (int d = first; d < min(first + kColumnTiles<T>, kDimTiles); d += 2) {
+            uint32_t values[4];
+            load_b_trans<T, kDim>(values, v_tile, k * kDepth<T>, 8 * d);
+#pragma unroll
+            for (int m = 0; m < kWarpTiles; m++) {
+              multiply_add<T, true>(out[m][d], weights[m], values[0], values[1]);
+              multiply_add<T, true>(out[m][d + 1], weights[m], values[2], values[3]);
+            }
           }
         }
       }
@@ -561,7 +597,7 @@ struct BackwardTile {
   static constexpr int kQueryParts = kWarps / kQueryTiles;
   static constexpr int kQueryCols = kDim / kQueryParts;
   static constexpr int kProductSteps = kPlain && kDim == 128 ? 2 : attention::kProductSteps<T>;  // unrolled
-  static constexpr int kQueryStep = kQueryCols < 32 ? kQueryCols : 32;                           // at once
+  static constexpr int kQueryStep = kWide || kQueryCols < 32 ? 16 : 32;                          // at once
 };
 
 // A row's numbers that the backward pass needs: lse, of plain kernels in powers of two (plus infinity of a row without
@@ -576,6 +612,7 @@ struct BackwardPlan {
   float lse_factor;
   RowStatistics* statistics;
   float* sums;
+  float* slope_parts;  // of each sequence and head: tile of keys, warp along the keys
 };
 
 template <class T>
@@ -679,8 +716,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           for (int n = 0; n < kScoreTiles; n += 2) {
             uint32_t rows[4];
             load_b<T, kDim>(rows, q_tile, 8 * n, k);
-            multiply_add<T, true>(weights[n], a, rows[0], rows[1]);
-            multiply_add<T, true>(weights[n + 1], a, rows[2], rows[3]);
+            multiply_add<T>(weights[n], a, rows[0], rows[1]);
+            multiply_add<T>(weights[n + 1], a, rows[2], rows[3]);
           }
         }
         // dP^T beside the scores: neither waits for the other.
@@ -692,8 +729,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           for (int n = 0; n < kScoreTiles; n += 2) {
             uint32_t rows[4];
             load_b<T, kDim>(rows, g_tile, 8 * n, k);
-            multiply_add<T, true>(grads[n], a, rows[0], rows[1]);
-            multiply_add<T, true>(grads[n + 1], a, rows[2], rows[3]);
+            multiply_add<T>(grads[n], a, rows[0], rows[1]);
+            multiply_add<T>(grads[n + 1], a, rows[2], rows[3]);
           }
         }
 
@@ -729,8 +766,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
             for (int half = 0; half < 2; half++) {
               const int e = 2 * half + column;
               // With features the scores are what lse is of: their difference first, which rounds less.
-              const float weight = exp2f(kPlain ? __fmaf_rn(weights[n][e], p.scale * kLog2e, -statistics.x)
-                                                : (weights[n][e] - statistics.x) * kLog2e);
+              const float weight = kPlain ? exp2f(__fmaf_rn(weights[n][e], p.scale * kLog2e, -statistics.x))
+                                          : exponential<T>(weights[n][e] - statistics.x, kLog2e);
               float grad = grads[n][e];
               weights[n][e] = weight;
               if constexpr (!kPlain) {
@@ -744,27 +781,55 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
                 if (warp_col == 0) {
                   store_mask_gradient<T>(p, sequence, b, head, query, key0 + warp_key + lane / 4 + 8 * half, grad);
                 }
-                grad *= derivative[n][e];
               }
               grads[n][e] = grad;
             }
           }
         }
-
+        if constexpr (!kPlain) {
+          if (p.grad_slopes != nullptr && warp_col == 0) {
+            float part = 0.0f;
 #pragma unroll
+            for (int n = 0; n < kScoreTiles; n++) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) {
+                const int distance =
+                    query0 + 8 * n + lane % 4 * 2 + e % 2 + sequence.shift - (key0 + warp_key + lane / 4 + e / 2 * 8);
+                part += grads[n][e] * fabsf(static_cast<float>(distance));
+              }
+            }
+            part = warp_sum(part);
+            // This warp's alone, step after step.
+            if (lane == 0) {
+              plan.slope_parts[((int64_t{b} * p.heads + head) * plan.key_tiles + key_tile) * Tile::kKeyWarps + warp] +=
+                  part;
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < kScoreTiles; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) grads[n][e] *= derivative[n][e];
+          }
+        }
+
+#pragma unroll(kUnrolledSteps<T>)
         for (int k = 0; k < kQueries / kDepth<T>; k++) {
           uint32_t p_rows[4], ds_rows[4];
-          accumulator_to_a<T>(p_rows, weights, k);
-          accumulator_to_a<T>(ds_rows, grads, k);
+          next_a<T>(p_rows, weights, k);
+          next_a<T>(ds_rows, grads, k);
 #pragma unroll
-          for (int d = 0; d < kColTiles; d += 2) {
-            uint32_t rows[4];
-            load_b_trans<T, kDim>(rows, g_tile, k * kDepth<T>, warp_col + 8 * d);
-            multiply_add<T>(grad_v[d], p_rows, rows[0], rows[1]);
-            multiply_add<T>(grad_v[d + 1], p_rows, rows[2], rows[3]);
-            load_b_trans<T, kDim>(rows, q_tile, k * kDepth<T>, warp_col + 8 * d);
-            multiply_add<T>(grad_k[d], ds_rows, rows[0], rows[1]);
-            multiply_add<T>(grad_k[d + 1], ds_rows, rows[2], rows[3]);
+          for (int first = 0; first < kColTiles; first += kColumnTiles<T>) {
+            if (Tile::kWide && warp_col + 8 * first >= max(p.head_dim, p.value_dim)) break;
+#pragma unroll
+            for (int d = first; d < min(first + kColumnTiles<T>, kColTiles); d += 2) {
+              uint32_t rows[4];
+              load_b_trans<T, kDim>(rows, g_tile, k * kDepth<T>, warp_col + 8 * d);
+              multiply_add<T, true>(grad_v[d], p_rows, rows[0], rows[1]);
+              multiply_add<T, true>(grad_v[d + 1], p_rows, rows[2], rows[3]);
+              load_b_trans<T, kDim>(rows, q_tile, k * kDepth<T>, warp_col + 8 * d);
+              multiply_add<T>(grad_k[d], ds_rows, rows[0], rows[1]);
+              multiply_add<T>(grad_k[d + 1], ds_rows, rows[2], rows[3]);
+            }
           }
         }
         if (warp_col == 0) {
@@ -801,8 +866,8 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
           for (int d = 0; d < Tile::kQueryStep / 8; d += 2) {
             uint32_t rows[4];
             load_b_trans<T, kDim>(rows, k_tile, k, query_col + col + 8 * d);
-            multiply_add<T, true>(grad_q[d], a, rows[0], rows[1]);
-            multiply_add<T, true>(grad_q[d + 1], a, rows[2], rows[3]);
+            multiply_add<T>(grad_q[d], a, rows[0], rows[1]);
+            multiply_add<T>(grad_q[d + 1], a, rows[2], rows[3]);
           }
         }
 #pragma unroll
@@ -869,6 +934,22 @@ __global__ void __launch_bounds__(256)
     sequence.row<T>(p, p.grad_query, b, head, sequence.first_q, tile * lie.queries + row)[col] =
         from_float<T>(value * p.scale);
   }
+}
+
+// The slopes' gradients from their parts, which are added in a fixed order: a warp a slope.
+template <class T>
+__global__ void __launch_bounds__(128)
+    attention_backward_slopes_kernel(const AttentionBackwardParams p, const BackwardPlan plan, int parts) {
+  const bool of_batch = p.slopes_batch_stride != 0;  // else of all sequences
+  const int slope = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (slope >= (of_batch ? p.batch : 1) * p.heads) return;
+  float sum = 0.0f;
+  for (int b = 0; b < (of_batch ? 1 : p.batch); b++) {
+    const float* source = plan.slope_parts + (int64_t{b} * p.heads + slope) * parts;
+    for (int i = lane; i < parts; i += 32) sum += source[i];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) p.grad_slopes[slope] = -sum;
 }
 
 template <class T, int kDim, bool kPlain>
@@ -949,10 +1030,21 @@ int launch_backward(const AttentionBackwardParams& p, Stream stream, const Atten
   plan.vector_dk = moves_in_vectors<T>(p.grad_key, p.head_dim);
   plan.vector_dv = moves_in_vectors<T>(p.grad_value, p.value_dim);
   const QuerySums lie{Tile::kQueries, kDim, Tile::kQueryCols, Tile::kThreads, 1};
-  return launch_backward_passes<T>(p, plan, lie, stream, allocate, [&](const BackwardPlan& ready, int64_t blocks) {
-    return launch(attention_backward_kernel<T, kDim, kPlain>,
-                  attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), p, ready);
-  });
+  const int slope_parts = plan.key_tiles * Tile::kKeyWarps;
+  if (p.grad_slopes != nullptr) {
+    plan.slope_parts = static_cast<float*>(allocate(int64_t{p.batch} * p.heads * slope_parts * sizeof(float), true));
+  }
+  const auto launch_tiles = [&](const BackwardPlan& ready, int64_t blocks) {
+    if (int error = launch(attention_backward_kernel<T, kDim, kPlain>,
+                           attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), p, ready)) {
+      return error;
+    }
+    if (p.grad_slopes == nullptr) return 0;
+    const int64_t slopes = (p.slopes_batch_stride != 0 ? int64_t{p.batch} : 1) * p.heads;
+    return launch(attention_backward_slopes_kernel<T>, attention_grid(ceil_div<int64_t>(slopes, 4), 128, 0, stream), p,
+                  ready, slope_parts);
+  };
+  return launch_backward_passes<T>(p, plan, lie, stream, allocate, launch_tiles);
 }
 
 template <class T>
@@ -963,10 +1055,11 @@ int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, cons
   plan.lse_factor = is_plain(p) ? kLog2e : 1.0f;
   const int dim = hopper_backward_dim(p);
   const QuerySums lie{kHopperBackwardQueries, dim, dim / 2, 32, 4};
-  return launch_backward_passes<T>(p, plan, lie, stream, allocate, [&](const BackwardPlan& ready, int64_t) {
+  const auto launch_tiles = [&](const BackwardPlan& ready, int64_t) {
     const float* statistics = reinterpret_cast<const float*>(ready.statistics);
     return hopper_backward<T>(p, {ready.query_tiles, ready.copies, statistics, ready.sums}, stream);
-  });
+  };
+  return launch_backward_passes<T>(p, plan, lie, stream, allocate, launch_tiles);
 }
 
 // Which architecture's forward kernel, given 16-bit tensors. Hopper's own takes what TMA reaches, except
@@ -984,9 +1077,10 @@ inline bool hopper_forward_serves(const AttentionForwardParams& p) {
          can_map(p.value, of_keys) && can_map(p.output, of_queries);
 }
 
-// The same of the backward kernel, which has registers for the gradients of keys up to 128 columns wide.
+// The same of the backward kernel, which has registers for the gradients of keys up to 128 columns wide, and none for
+// the slopes'.
 inline bool hopper_backward_serves(const AttentionBackwardParams& p) {
-  if (compute_capability() != 90 || p.head_dim > 128 || p.value_dim > 128) return false;
+  if (compute_capability() != 90 || p.head_dim > 128 || p.value_dim > 128 || p.grad_slopes != nullptr) return false;
   const TensorCounts of_queries(p, true), of_keys(p, false);
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) &&
          can_map(p.grad_output, of_queries) && can_map(p.key, of_keys) && can_map(p.value, of_keys) &&

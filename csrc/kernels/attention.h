@@ -56,6 +56,7 @@ struct AttentionBackwardParams : AttentionOptions {
   AttentionMaskGradient mask_gradient_kind;
   void* mask_gradient;  // zero at the start
   int64_t mask_gradient_strides[4];
+  float* grad_slopes;  // like slopes, contiguous, or null: not wanted
   bool deterministic;
 };
 

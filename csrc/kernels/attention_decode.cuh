@@ -31,8 +31,8 @@
 // tf32 ones as in attention.cuh.
 //
 // Registers, by ptxas: at most 168 in 16 bits up to head_dim 128, so that three blocks of four warps fit, and nothing
-// spills on any architecture. fp32 at 256 has none left: no fourth tf32 product, and the places of its values are
-// worked out anew. Expected: 80 % of the bandwidth of a copy and more. Not measured.
+// spills on any architecture. fp32 at 256 has none left: the places of its values are worked out anew. Expected: 80 %
+// of the bandwidth of a copy and more. Not measured.
 #pragma once
 
 #include "device/device.cuh"
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
       uint32_t a[4], key[4];
       load_a<T, kDim>(a, q_tile, 0, k);
       load_b<T, kDim>(key, k_tile, 0, k);
-      multiply_add<T, true>(scores[0], a, key[0], key[1]);
-      multiply_add<T, true>(scores[1], a, key[2], key[3]);
+      multiply_add<T>(scores[0], a, key[0], key[1]);
+      multiply_add<T>(scores[1], a, key[2], key[3]);
     }
     __syncwarp();  // everyone is done with them
     ask_keys(later, stage);
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       // The difference first: exactly 0 for the largest, however large it is.
       const float base = top == -INFINITY ? 0.0f : top;
-      const float rescale = exp2f((maximum[half] - base) * kLog2e);
+      const float rescale = exponential<T>(maximum[half] - base, kLog2e);
       maximum[half] = top;
       sum[half] *= rescale;
 #pragma unroll
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& x = scores[n][2 * half + e];
-          x = exp2f((x - base) * kLog2e);
+          x = exponential<T>(x - base, kLog2e);
           sum[half] += x;
         }
       }
@@ -311,16 +311,20 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
 
     cp_async_wait<2 * Tile::kStages - 1>();
     __syncwarp();  // the values are there
-#pragma unroll
+#pragma unroll(kUnrolledSteps<T>)
     for (int k = 0; k < kDecodeKeys / kDepth<T>; k++) {
       uint32_t weights[4];
-      accumulator_to_a<T>(weights, scores, k);
+      next_a<T>(weights, scores, k);
 #pragma unroll
-      for (int d = 0; d < kDimTiles; d += 2) {
-        uint32_t value[4];
-        load_b_trans<T, kDim>(value, rings, k * kDepth<T>, 8 * d, v_place);
-        multiply_add<T, false, sizeof(T) == 2 || kDim <= 128>(out[d], weights, value[0], value[1]);
-        multiply_add<T, false, sizeof(T) == 2 || kDim <= 128>(out[d + 1], weights, value[2], value[3]);
+      for (int first = 0; first < kDimTiles; first += kColumnTiles<T>) {
+        if (sizeof(T) == 4 && 8 * first >= p.value_dim) break;
+#pragma unroll
+        for (int d = first; d < min(first + kColumnTiles<T>, kDimTiles); d += 2) {
+          uint32_t value[4];
+          load_b_trans<T, kDim>(value, rings, k * kDepth<T>, 8 * d, v_place);
+          multiply_add<T, true>(out[d], weights, value[0], value[1]);
+          multiply_add<T, true>(out[d + 1], weights, value[2], value[3]);
+        }
       }
     }
     __syncwarp();  // everyone is done with them
@@ -356,7 +360,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
 #pragma unroll
     for (int w = 0; w < kWarps; w++) {
       const float2 own = statistics[w * kDecodeRows + row];
-      const float share = exp2f((own.x - base) * kLog2e);
+      const float share = exponential<T>(own.x - base, kLog2e);
       total += share * own.y;
       const Vec<float, 4> x = load_vec<float, 4>(parts + w * Tile::kPart + row * Tile::kPartStride + col);
 #pragma unroll

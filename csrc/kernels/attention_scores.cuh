@@ -23,6 +23,12 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return word;
 }
 
+// exp(x factor / kLog2e). fp32's rounds as torch's: x log2(e), rounded once, would err by half of x's last place.
+template <class T>
+__device__ __forceinline__ float exponential(float x, float factor) {
+  return sizeof(T) == 4 ? expf(x) : exp2f(x * factor);
+}
+
 // ---- Which rows and keys a block works on ----
 
 // One sequence of the batch.

@@ -239,13 +239,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {output, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& output, const Tensor& lse, const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
     int64_t window_right, bool bottom_right, double softcap, double scale, double dropout_p,
-    const std::optional<Tensor>& philox, bool, bool need_grad_mask, bool deterministic) {
+    const std::optional<Tensor>& philox, bool, bool need_grad_mask, bool need_grad_slopes, bool deterministic) {
   constexpr const char* kOp = "attention_backward";
   AttentionBackwardParams params{};
   set_options(kOp, query, key, value,
@@ -260,6 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (need_grad_mask && (!attn_mask || params.mask_kind == AttentionMask::kBool)) {
     refuse(kOp, ": need_grad_mask was asked for without an additive attn_mask");
   }
+  if (need_grad_slopes && !alibi_slopes) refuse(kOp, ": need_grad_slopes was asked for without alibi_slopes");
 
   const bool packed = params.cu_seqlens_q != nullptr;
   const bool empty = query.numel() == 0 || key.numel() == 0 || value.numel() == 0 || params.batch == 0 ||
@@ -295,7 +296,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     params.mask_gradient = sums.mutable_data_ptr();
     broadcast_strides(sums, params.mask_gradient_strides);
   }
-  if (empty) return {grad_query, grad_key, grad_value, grad_mask};
+  Tensor grad_slopes = new_empty(query, {0}, ScalarType::Float);
+  if (need_grad_slopes) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < alibi_slopes->dim(); i++) sizes.push_back(alibi_slopes->size(i));
+    grad_slopes = new_zeros(query, sizes, ScalarType::Float);
+  }
+  if (empty) return {grad_query, grad_key, grad_value, grad_mask, grad_slopes};
 
   params.query = view(query);
   params.key = view(key);
@@ -307,6 +314,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   params.grad_value = view(grad_value);
   params.lse = static_cast<const float*>(lse.const_data_ptr());
   params.grad_lse = static_cast<const float*>(binding::data_or_null(grad_lse));
+  if (need_grad_slopes) params.grad_slopes = static_cast<float*>(grad_slopes.mutable_data_ptr());
   params.deterministic = deterministic;
   const DeviceScope device(query);
   ZeroableWorkspace workspace(query);
@@ -321,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     }
     torch::stable::copy_(grad_mask, sums);
   }
-  return {grad_query, grad_key, grad_value, grad_mask};
+  return {grad_query, grad_key, grad_value, grad_mask, grad_slopes};
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ class Raw(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_lse):
         need_mask = ctx.needs_input_grad[3]
-        grads = (grad_output, grad_lse, *ctx.saved_tensors, *ctx.options, need_mask, ctx.deterministic)
+        grads = (grad_output, grad_lse, *ctx.saved_tensors, *ctx.options, need_mask, False, ctx.deterministic)
         with uninitialised_memory_is_nan():
             grads = _cuda.backward(*grads)
         return (*grads[:3], grads[3] if need_mask else None, None, None)
@@ -204,12 +204,12 @@ def test_hidden_tiles_are_skipped(device, request):
     tensors, options = arguments((256, 256), (16, 16), BF16, device, window_left=10, window_right=0)
     clean = _cuda.forward(*tensors, *options)
     grads = [torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(device, x.dtype) for x in clean]
-    clean_grads = _cuda.backward(*grads, *tensors, *clean, *options, False, True)
+    clean_grads = _cuda.backward(*grads, *tensors, *clean, *options, False, False, True)
     tensors[1][:, :, 192:], tensors[2][:, :, 192:] = torch.nan, torch.nan
     output, lse = _cuda.forward(*tensors, *options)
     assert torch.equal(output[:, :, :128], clean[0][:, :, :128]) and output[:, :, 192:].isnan().any()
     # Keys 0 to 63 are seen by queries 0 to 73 alone: no tile of theirs meets the bad keys.
-    found = _cuda.backward(*grads, *tensors, output, lse, *options, False, True)
+    found = _cuda.backward(*grads, *tensors, output, lse, *options, False, False, True)
     assert torch.equal(found[1][:, :, :64], clean_grads[1][:, :, :64])
     assert torch.equal(found[2][:, :, :64], clean_grads[2][:, :, :64])
 
@@ -221,7 +221,7 @@ def test_packed_sequences_stay_within_the_tensors(device):
         given = list(options)
         given[2:4] = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in (cu_q, cu_k))
         output, lse = _cuda.forward(*tensors, *given)
-        _cuda.backward(output, lse.clamp(-9, 9), *tensors, output, lse, *given, False, False)
+        _cuda.backward(output, lse.clamp(-9, 9), *tensors, output, lse, *given, False, False, False)
 
 
 def test_equal_inputs_give_equal_bits(device, request):
@@ -235,7 +235,7 @@ def test_equal_inputs_give_equal_bits(device, request):
         if emulator:
             emulator.set_options(**schedule)
         output, lse = _cuda.forward(*tensors, *options)
-        results = (output, lse, *_cuda.backward(output, lse, *tensors, output, lse, *options, True, True))
+        results = (output, lse, *_cuda.backward(output, lse, *tensors, output, lse, *options, True, False, True))
         first = first or results
         assert all(map(torch.equal, results, first))
 
@@ -285,7 +285,7 @@ def test_refusals_name_the_argument(device):
         _cuda.forward(**{**good, "query": torch.ones(1, 2, 5, 16, device=device)[..., ::2]})
     output, lse = _cuda.forward(**good)
     with pytest.raises(RuntimeError, match="need_grad_mask"):
-        _cuda.backward(output, None, *tensors, output, lse, *options, True, False)
+        _cuda.backward(output, None, *tensors, output, lse, *options, True, False, False)
 
 
 @pytest.mark.sanitized
@@ -312,7 +312,7 @@ def test_shared_memory_without_bank_conflicts(dim, emulator):
     emulator.set_options(bank_conflicts=True)
     emulator.reset_counters()
     output, lse = _cuda.forward(*tensors, *options)
-    _cuda.backward(torch.ones_like(output), None, *tensors, output, lse, *options, False, True)
+    _cuda.backward(torch.ones_like(output), None, *tensors, output, lse, *options, False, False, True)
     counted = emulator.counters()
     emulator.set_options(bank_conflicts=False)
     assert counted["shared_load_wavefronts"] > 0 and counted["shared_store_wavefronts"] > 0

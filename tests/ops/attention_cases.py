@@ -101,7 +101,9 @@ class Case:
         slopes = 2.0 ** -torch.arange(1, self.heads[0] + 1, device=device, dtype=torch.float32)
         return slopes if self.alibi == "heads" else slopes * torch.arange(1, self.batch + 1, device=device).unsqueeze(1)
 
-    def kernel(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
+    def kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, slopes: Tensor | None = None
+    ):
         mask = self.bool_mask(query.device) if bias is None else bias
         if self.causal == "bottom":
             mask = causal_lower_right(*self.lengths)
@@ -116,7 +118,7 @@ class Case:
             self.heads[0] != self.heads[1],
             window=self.window,
             softcap=self.softcap,
-            alibi_slopes=self.slopes(query.device),
+            alibi_slopes=self.slopes(query.device) if slopes is None else slopes,
             return_lse=self.lse,
             philox=torch.tensor(PHILOX, device=query.device) if self.dropout_p else None,
         )

@@ -222,6 +222,53 @@ def test_gradient_of_one_output_only(backend, device, used):
     numerics.check(lambda *t: case.kernel(*t)[used], lambda *t: case.reference(*t)[used], inputs)
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["heads", "batch"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lengths=(33, 70), heads=(4, 4), batch=2),
+        Case(dtype=torch.bfloat16, heads=(4, 2), batch=2, causal="bottom", softcap=2.0, dropout_p=0.3, lse=True),
+        Case(head_dim=200, value_dim=24, lengths=(70, 33), heads=(4, 2), batch=2, mask="bool", window=(9, -1)),
+    ],
+    ids=str,
+)
+def test_gradient_of_alibi_slopes(backend, device, case, shape):
+    if backend == "triton":
+        pytest.skip("its kernels do not compute it, and refuse")
+    inputs = [*case.inputs(device), (torch.rand(shape, device=device) - 0.3).requires_grad_()]
+
+    def reference(q, k, v, slopes):
+        """ALiBi as the bias that it is, which the slopes' gradient comes from."""
+        seqlen_q, seqlen_k = case.lengths
+        position = torch.arange(seqlen_q, device=device).unsqueeze(1)
+        position = position + (seqlen_k - seqlen_q if case.bottom_right() else 0)
+        distance = (torch.arange(seqlen_k, device=device) - position).abs()
+        return case.reference(q, k, v, -slopes[..., None, None] * distance)
+
+    def kernel(q, k, v, slopes):
+        return case.kernel(q, k, v, slopes=slopes)
+
+    numerics.check(kernel, reference, inputs, names=(*NAMES[:3], "alibi_slopes"))
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=["heads", "sequences"])
+def test_gradient_of_alibi_slopes_of_packed_sequences(backend, device, shape):
+    if backend == "triton":
+        pytest.skip("its kernels do not compute it, and refuse")
+    inputs = [packed([5, 0, 70], 2, 16, torch.float32, device, seed) for seed in range(3)]
+    cu = cumulative([5, 0, 70], device)
+    inputs.append(torch.rand(shape, device=device).requires_grad_())
+
+    def kernel(q, k, v, slopes):
+        return attention_varlen(q, k, v, cu, cu, 70, 70, is_causal=True, alibi_slopes=slopes)
+
+    def reference(*tensors):
+        with bigkern.use_backend("torch"):
+            return kernel(*tensors)
+
+    numerics.check(kernel, reference, inputs)
+
+
 def test_no_graph_without_gradients(backend, device):
     inputs = qkv(1, 2, 5, 8, device=device)
     with torch.no_grad():

@@ -66,18 +66,19 @@ def test_raw_ops(backend, device, dtype, features):
     """opcheck; and every result beside the torch backend's statement of the mathematics."""
     q, k, v, bias = with_bias(device, dtype, grad=False)
     options = [None, None, None, None, 6, 9, -1, 0, False, 0.0, 0.5, 0.0, None, False]
+    with_slopes = features and backend != "triton"
     if features:
         slopes = torch.tensor([0.5, 0.25], device=device)
         options = [bias.unsqueeze(0), slopes, None, None, 6, 9, 4, 2, True, 4.0, 0.5, 0.3, PHILOX.to(device), False]
     expected = _torch.forward(q, k, v, *options)
     grads = [torch.randn(1, 2, 6, 8, device=device).to(dtype), torch.randn(1, 2, 6, device=device)]
-    expected_grads = _torch.backward(*grads, q, k, v, *expected, *options, features, False)
+    expected_grads = _torch.backward(*grads, q, k, v, *expected, *options, features, with_slopes, False)
     if backend == "torch":
         assert all(x.isfinite().all() for x in (*expected, *expected_grads))
         return
     raw = getattr(torch.ops, f"bigkern_{backend}")
     found = raw.attention_forward.default(q, k, v, *options)
-    backward = (*grads, q, k, v, *found, *options, features, False)
+    backward = (*grads, q, k, v, *found, *options, features, with_slopes, False)
     found_grads = raw.attention_backward.default(*backward)
     for mine, its in zip(found + found_grads, expected + expected_grads, strict=True):
         assert mine.shape == its.shape and mine.dtype == its.dtype
@@ -146,11 +147,21 @@ def test_the_second_derivative_keeps_nothing_alive():
 def test_gradient_of_alibi_slopes(backend, device):
     slopes = torch.tensor([0.5, 0.25], device=device, requires_grad=True)
     inputs = tensors(device=device)
-    if backend != "torch":
+    if backend == "triton":
         with pytest.raises(bigkern.BackendError, match=r"alibi_slopes requires a gradient(.|\n)*What works"):
             attention(*inputs, alibi_slopes=slopes)
         with torch.no_grad():
             attention(*inputs, alibi_slopes=slopes)
+        return
+    if backend == "cuda":
+        found = []
+        for name in ("cuda", "torch"):
+            with bigkern.use_backend(name):
+                (grad,) = torch.autograd.grad(
+                    attention(*inputs, alibi_slopes=slopes).square().sum(), slopes, create_graph=True
+                )
+                found.append((grad, *torch.autograd.grad(grad.sum(), slopes)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
         return
     inputs, slopes = [x.double().detach().requires_grad_() for x in inputs], slopes.double().detach().requires_grad_()
     for options in ({}, {"softcap": 3.0, "return_lse": True}):

@@ -9,9 +9,9 @@
 // fp32, one head, head_dim up to 64 (one instance compiles fast): the forward pass, then the backward pass on what it
 // saved. 0, or an error code whose message lands in `error`.
 extern "C" int run_attention(const float* query, const float* key, const float* value, const float* grad_output,
-                             float* output, float* grad_query, float* grad_key, float* grad_value, int queries,
-                             int keys, int dim, int causal, float dropout_p, int64_t seed, int64_t offset, char* error,
-                             int size) {
+                             float* output, float* grad_query, float* grad_key, float* grad_value, float* grad_slope,
+                             int queries, int keys, int dim, int causal, float slope, float dropout_p, int64_t seed,
+                             int64_t offset, char* error, int size) {
   const auto rows = [dim](const float* data) { return bigkern::AttentionTensor{const_cast<float*>(data), 0, 0, dim}; };
   std::vector<float> lse(queries);
   const int64_t philox[2] = {seed, offset};
@@ -32,6 +32,7 @@ extern "C" int run_attention(const float* query, const float* key, const float* 
   forward.dropout_p = dropout_p;
   forward.dropout_scale = 1.0f / (1.0f - dropout_p);
   forward.philox = dropout_p > 0 ? philox : nullptr;
+  forward.slopes = &slope;
   forward.query = rows(query);
   forward.key = rows(key);
   forward.value = rows(value);
@@ -49,6 +50,7 @@ extern "C" int run_attention(const float* query, const float* key, const float* 
   backward.grad_key = rows(grad_key);
   backward.grad_value = rows(grad_value);
   backward.lse = lse.data();
+  backward.grad_slopes = grad_slope;
   if (code == 0) code = bigkern::attention::launch_backward<float, 64, false>(backward, nullptr, allocate);
   if (code != 0) std::strncpy(error, bigkern::error_string(code), size - 1);
   return code;

@@ -528,6 +528,14 @@ BUGS = [
         "plain",
     ),
     Bug(
+        "the first block's part of a slope's gradient left out",
+        "attention",
+        ATTENTION,
+        "for (int i = lane; i < parts; i += 32) sum += source[i];",
+        "for (int i = lane + 1; i < parts; i += 32) sum += source[i];",
+        "plain",
+    ),
+    Bug(
         "parts of a sequence overlap by a key",
         "attention_decode",
         DECODE,

@@ -314,20 +314,20 @@ def philox_uniform(seed: int, offset: int, count: int) -> np.ndarray:
 
 def attention(library: ctypes.CDLL) -> str | None:
     """Three tiles of keys, the last one ragged, two of queries; head_dim 20; causal from the corner, or dropout."""
-    dim, seed, offset = 20, 11, 3
+    dim, seed, offset, slope = 20, 11, 3, 0.25
     for queries, keys, causal, dropout_p in ((70, 76, False, 0.25), (5, 70, True, 0.0)):
         rng = np.random.default_rng(queries)
         q, grad = rng.standard_normal((2, queries, dim)).astype(np.float32)
         k, v = rng.standard_normal((2, keys, dim)).astype(np.float32)
-        results = [
-            np.full(shape, np.nan, np.float32) for shape in ((queries, dim), (queries, dim), (keys, dim), (keys, dim))
-        ]
+        shapes = ((queries, dim), (queries, dim), (keys, dim), (keys, dim), (1,))
+        results = [np.full(shape, np.nan, np.float32) for shape in shapes]
         sizes = [ctypes.c_int(value) for value in (queries, keys, dim, causal)]
-        randoms = [ctypes.c_float(dropout_p), ctypes.c_int64(seed), ctypes.c_int64(offset)]
+        randoms = [ctypes.c_float(slope), ctypes.c_float(dropout_p), ctypes.c_int64(seed), ctypes.c_int64(offset)]
         failure = call(library.run_attention, *map(pointer, (q, k, v, grad, *results)), *sizes, *randoms)
 
         q, k, v, grad = (x.astype(np.float64) for x in (q, k, v, grad))
-        scores = q @ k.T * dim**-0.5
+        distance = np.abs(np.arange(keys) - np.arange(queries)[:, None])
+        scores = q @ k.T * dim**-0.5 - slope * distance
         if causal:
             scores = np.where(np.arange(keys) <= np.arange(queries)[:, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(1, keepdims=True))
@@ -337,13 +337,15 @@ def attention(library: ctypes.CDLL) -> str | None:
             kept = (philox_uniform(seed, offset, queries * keys).reshape(queries, keys) > dropout_p) / (1 - dropout_p)
         output = (weights * kept) @ v
         grad_weights = (grad @ v.T) * kept
-        grad_scores = weights * (grad_weights - (grad * output).sum(1, keepdims=True)) * dim**-0.5
+        grad_biases = weights * (grad_weights - (grad * output).sum(1, keepdims=True))
+        grad_scores = grad_biases * dim**-0.5
         failure = (
             failure
             or compare("output", results[0], output, 1e-5)
             or compare("grad_query", results[1], grad_scores @ k, 1e-5)
             or compare("grad_key", results[2], grad_scores.T @ q, 1e-5)
             or compare("grad_value", results[3], (weights * kept).T @ grad, 1e-5)
+            or compare("grad_slope", results[4], -(grad_biases * distance).sum(keepdims=True)[0], 1e-4)
         )
         if failure:
             return f"{queries} x {keys}: {failure}"

@@ -142,7 +142,7 @@ def _attention(dim: int, dtype: torch.dtype, *, features: bool = False, tf32: bo
         numbers = (20.0, 0.125, 0.1) if features else (0.0, 0.125, 0.0)
         options = (bias, slopes, None, None, length, length, -1, 0, False, *numbers, philox, tf32)
         output, lse = _triton._forward(query, key, value, *options)
-        _triton._backward(output, None, query, key, value, output, lse, *options, features, False)
+        _triton._backward(output, None, query, key, value, output, lse, *options, features, False, False)
 
     return call
 

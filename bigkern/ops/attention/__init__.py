@@ -263,8 +263,8 @@ class _Attention(torch.autograd.Function):
     """A kernel backend's forward and backward.  Where the gradient shall be differentiated, it is torch's composite."""
 
     @staticmethod
-    def forward(ctx, query, key, value, attn_mask, implementation, options):
-        options = (attn_mask, *options[1:])
+    def forward(ctx, query, key, value, attn_mask, alibi_slopes, implementation, options):
+        options = (attn_mask, alibi_slopes, *options[2:])
         output, lse = implementation.forward(query, key, value, *options)
         tensors = [option for option in options if isinstance(option, Tensor)]
         ctx.save_for_backward(query, key, value, output, lse, *tensors)
@@ -280,12 +280,12 @@ class _Attention(torch.autograd.Function):
         query, key, value, output, lse, *tensors = ctx.saved_tensors
         if grad_output is None:
             if grad_lse is None:
-                return (None,) * 6
+                return (None,) * 7
             grad_output = torch.zeros_like(output)
         options = list(ctx.options)
         for place, tensor in zip(ctx.places, tensors, strict=True):
             options[place] = tensor
-        need = ctx.needs_input_grad[:4]
+        need = ctx.needs_input_grad[:5]
         implementation = ctx.implementation
         # While torch.compile traces a backward it will not be differentiated again, whatever the grad mode says.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -302,6 +302,7 @@ class _Attention(torch.autograd.Function):
             lse,
             *options,
             need[3],
+            need[4],
             torch.are_deterministic_algorithms_enabled(),
         )
         return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None)
@@ -316,11 +317,11 @@ def _dispatch(
     if implementation is _torch or query.numel() == 0 or key.numel() == 0 or value.numel() == 0 or _torch.transformed():
         return _torch.compose(query, key, value, *options, need_lse)
     query, key, value = (_unit_rows(tensor) for tensor in (query, key, value))
-    mask = options[_MASK]
+    mask, slopes = options[_MASK], options[_SLOPES]
     if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (query, key, value, mask)
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, mask, slopes)
     ):
-        return _Attention.apply(query, key, value, mask, implementation, (None, *options[1:]))
+        return _Attention.apply(query, key, value, mask, slopes, implementation, (None, None, *options[2:]))
     return implementation.forward(query, key, value, *options)
 
 

@@ -27,8 +27,8 @@ def unsupported(
         )
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}; the CUDA kernels take bool, float32 and the query's dtype"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return "alibi_slopes requires a gradient, which the CUDA kernels do not compute: detach it, or use torch"
+    if alibi_slopes is not None and alibi_slopes.dtype != torch.float32:
+        return f"alibi_slopes is {alibi_slopes.dtype}; the CUDA kernels take float32: convert it with .float()"
     return None
 
 
@@ -96,9 +96,10 @@ def backward(
     philox: Tensor | None,
     tf32: bool,
     need_grad_mask: bool,
+    need_grad_slopes: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_query, grad_key, grad_value, grad_mask); see _schema.py."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_query, grad_key, grad_value, grad_mask, grad_slopes); see _schema.py."""
     return torch.ops.bigkern_cuda.attention_backward.default(
         grad_output,
         grad_lse,
@@ -122,5 +123,6 @@ def backward(
         philox,
         tf32,
         need_grad_mask,
+        need_grad_slopes,
         deterministic,
     )

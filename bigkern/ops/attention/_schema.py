@@ -13,7 +13,8 @@ Query i sits at key position ``p = i``, or ``i + seqlen_k - seqlen_q`` with ``bo
 ``window_right = 0``.  ``softcap`` 0 is none.  ``tf32`` permits a backend to round fp32 factors to tf32.
 
 Results lie in memory as (batch, seqlen, heads, dim), so that the heads can be joined without a copy.  lse is float32,
-(batch, heads, seqlen_q).  grad_mask has attn_mask's shape and dtype, or is an empty (0,) tensor.
+(batch, heads, seqlen_q).  grad_mask has attn_mask's shape and dtype, grad_slopes alibi_slopes'; where it is not needed,
+each is an empty (0,) tensor.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _OPTIONS = (
 _FORWARD = f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor output, Tensor lse)"
 _BACKWARD = (
     "(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse,"
-    f" {_OPTIONS}, bool need_grad_mask, bool deterministic)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)"
+    f" {_OPTIONS}, bool need_grad_mask, bool need_grad_slopes, bool deterministic)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_slopes)"
 )
 
 
@@ -57,12 +58,14 @@ def _backward_fake(
     output: Tensor,
     lse: Tensor,
     attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
     *options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_grad_mask = options[-2]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, need_grad_mask, need_grad_slopes, _ = options
     return (
         *(_rows_first(tensor, *tensor.shape) for tensor in (query, key, value)),
         attn_mask.new_empty(attn_mask.shape) if need_grad_mask else query.new_empty((0,)),
+        alibi_slopes.new_empty(alibi_slopes.shape) if need_grad_slopes else query.new_empty((0,), dtype=torch.float32),
     )
 
 

@@ -118,7 +118,7 @@ def differentiable_twice(
         factor = query.shape[3] ** -0.5 if scale is None else scale
         right = 0 if is_causal else -1
         options = (None, None, None, query.shape[2], key.shape[2], -1, right, False, 0.0, factor, 0.0, None, False)
-        grads = backward(grad_outputs[0], None, query, key, value, None, None, attn_mask, *options, False, False)
+        grads = backward(grad_outputs[0], None, query, key, value, None, None, attn_mask, *options, False, False, False)
         return (
             *(None if old is None else new for old, new in zip(grad_inputs[:3], grads[:3], strict=True)),
             *grad_inputs[3:],
@@ -207,26 +207,29 @@ def backward(
     output: Tensor | None,
     lse: Tensor | None,
     attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
     *options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_query, grad_key, grad_value, grad_mask); see _schema.py.  Differentiable where grad mode is on.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_query, grad_key, grad_value, grad_mask, grad_slopes); see _schema.py.
 
-    The forward pass is done again: ``output`` and ``lse`` are not looked at.
+    Differentiable where grad mode is on.  The forward pass is done again: ``output`` and ``lse`` are not looked at.
     """
-    *options, need_grad_mask, _ = options
+    *options, need_grad_mask, need_grad_slopes, _ = options
     again = torch.is_grad_enabled()
-    leaves = [query, key, value] + [attn_mask] * need_grad_mask
+    leaves = [query, key, value] + [attn_mask] * need_grad_mask + [alibi_slopes] * need_grad_slopes
     with torch.enable_grad():
         if not again:
             leaves = [leaf.detach() for leaf in leaves]
         # Views of their own: a tensor that is two of the inputs gets a gradient for each.
         leaves = [leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
         mask = leaves[3] if need_grad_mask else attn_mask
-        outputs = forward(*leaves[:3], mask, *options)
+        slopes = leaves[-1] if need_grad_slopes else alibi_slopes
+        outputs = forward(*leaves[:3], mask, slopes, *options)
         pairs = [(y, g) for y, g in zip(outputs, (grad_output, grad_lse), strict=True) if g is not None]
         differentiated, cotangents = zip(*pairs, strict=True)
         grads = torch.autograd.grad(differentiated, leaves, cotangents, create_graph=again)
-    return (*grads[:3], grads[3] if need_grad_mask else query.new_empty((0,)))
+    grad_mask = grads[3] if need_grad_mask else query.new_empty((0,))
+    return (*grads[:3], grad_mask, grads[-1] if need_grad_slopes else query.new_empty((0,), dtype=torch.float32))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -123,9 +123,10 @@ def backward(
     philox: Tensor | None,
     tf32: bool,
     need_grad_mask: bool,
+    need_grad_slopes: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_query, grad_key, grad_value, grad_mask); see _schema.py."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_query, grad_key, grad_value, grad_mask, grad_slopes); see _schema.py."""
     return torch.ops.bigkern_triton.attention_backward.default(
         grad_output,
         grad_lse,
@@ -149,6 +150,7 @@ def backward(
         philox,
         tf32,
         need_grad_mask,
+        need_grad_slopes,
         deterministic,
     )
 
@@ -323,16 +325,18 @@ def _forward(query, key, value, *options):
 
 
 def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, *options):
-    *options, need_grad_mask, _ = options
+    *options, need_grad_mask, need_grad_slopes, _ = options
+    if need_grad_slopes:
+        raise RuntimeError("attention_backward: need_grad_slopes is set, but the Triton kernels do not compute it")
     call = _Call(query, key, value, attn_mask, *options, grad_output=grad_output)
     grad_query = call.result(query, call.heads, call.total_q, call.head_dim)
     grad_key = call.result(key, call.kv_heads, call.total_k, call.head_dim)
     grad_value = call.result(value, call.kv_heads, call.total_k, call.value_dim)
-    grad_mask = query.new_empty((0,))
+    grad_mask, grad_slopes = query.new_empty((0,)), query.new_empty((0,), dtype=torch.float32)
     if need_grad_mask:
         grad_mask = (attn_mask.new_zeros if call.empty else attn_mask.new_empty)(attn_mask.shape)
     if call.empty:
-        return grad_query, grad_key, grad_value, grad_mask
+        return grad_query, grad_key, grad_value, grad_mask, grad_slopes
 
     base, delta = torch.empty_like(lse), torch.empty_like(lse)
     kernels = _kernels()
@@ -432,7 +436,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
                 KEYS=tile.keys,
                 num_warps=tile.warps,
             )
-    return grad_query, grad_key, grad_value, grad_mask
+    return grad_query, grad_key, grad_value, grad_mask, grad_slopes
 
 
 support.register("attention_forward", _forward)
