@@ -1052,10 +1052,11 @@ int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, cons
   plan.lse_factor = is_plain(p) ? kLog2e : 1.0f;
   const int dim = hopper_backward_dim(p);
   const QuerySums lie{kHopperBackwardQueries, dim, dim / 2, 32, 4};
-  return launch_backward_passes<T>(p, plan, lie, stream, allocate, [&](const BackwardPlan& ready, int64_t) {
+  const auto launch_tiles = [&](const BackwardPlan& ready, int64_t) {
     const float* statistics = reinterpret_cast<const float*>(ready.statistics);
     return hopper_backward<T>(p, {ready.query_tiles, ready.copies, statistics, ready.sums}, stream);
-  });
+  };
+  return launch_backward_passes<T>(p, plan, lie, stream, allocate, launch_tiles);
 }
 
 // Which architecture's forward kernel, given 16-bit tensors. Hopper's own takes what TMA reaches, except

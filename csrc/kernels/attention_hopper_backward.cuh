@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
                            group_key0 < sequence.first_key(p, min(query0 + kQueries, sequence.queries) - 1);
           const auto hide = [&](int i, float score) {
             const int query = query0 + i / 4 * 8 + lane % 4 * 2 + i % 2, key = warp_key0 + lane / 4 + i / 2 % 2 * 8;
-            return key >= sequence.first_key(p, query) & key < sequence.end_key(p, query) ? score : -INFINITY;
+            return (key >= sequence.first_key(p, query)) & (key < sequence.end_key(p, query)) ? score : -INFINITY;
           };
           if constexpr (kPlain) {
             if (cut) {

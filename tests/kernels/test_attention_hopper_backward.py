@@ -55,7 +55,8 @@ def products(grad_output, grad_lse, query, key, value, output, lse, *options):
     """Of all warpgroups: S^T, dP^T, dV, dK and dQ of each tile that holds a query which sees a key, and S^T once more a
     tile of keys, which is issued for the queries after the last."""
     given = dict(zip(OPTIONS, options, strict=False))
-    if not all(map(reachable, (query, key, value, grad_output))):
+    need_grad_slopes = options[len(OPTIONS) + 1]
+    if need_grad_slopes or not all(map(reachable, (query, key, value, grad_output))):
         return 0
     dim = 64 if max(query.shape[3], value.shape[3]) <= 64 else 128
     sequences = [(query.shape[2], key.shape[2])] * query.shape[0]
@@ -128,7 +129,7 @@ def test_hidden_tiles_are_skipped(window, device):
     blocks = {(i // QUERIES, j // KEYS) for i, (low, high) in enumerate(seen) for j in range(low, min(599, high) + 1)}
     lse = torch.zeros(1, 1, 700, device=device)
     output = torch.zeros_like(tensors[0])
-    given = (output, None, *tensors, output, lse, *options, False, False)
+    given = (output, None, *tensors, output, lse, *options, False, False, False)
     assert products(*given) == 2 * (len(blocks) * (8 + 8 + 8) + 5 * 4) < 2 * (11 * 5 * (8 + 8 + 8) + 5 * 4)
     _cuda.backward(*given)
 
@@ -161,7 +162,7 @@ def test_packed_sequences_do_not_meet(deterministic, device):
     packed = [*options]
     packed[2:6] = cu_q, cu_k, 70, 140
     output, lse = _cuda.forward(*tensors, *packed)
-    grads = _cuda.backward(grad, None, *tensors, output, lse, *packed, False, deterministic)
+    grads = _cuda.backward(grad, None, *tensors, output, lse, *packed, False, False, deterministic)
     for i, (queries, keys) in enumerate(lengths):
         q, k = slice(int(cu_q[i]), int(cu_q[i]) + queries), slice(int(cu_k[i]), int(cu_k[i]) + keys)
         if not queries or not keys:
@@ -171,7 +172,9 @@ def test_packed_sequences_do_not_meet(deterministic, device):
         for mine, x, rows in zip(alone, (*tensors, grad, output), (q, k, k, q, q), strict=True):
             mine[:, :, rows] = x[:, :, rows]
         query, key, value, grad_output, my_output = alone
-        found = _cuda.backward(grad_output, None, query, key, value, my_output, lse, *packed, False, deterministic)
+        found = _cuda.backward(
+            grad_output, None, query, key, value, my_output, lse, *packed, False, False, deterministic
+        )
         for name, got, wanted, rows in zip(("query", "key", "value"), found, grads, (q, k, k), strict=False):
             assert torch.equal(got[:, :, rows], wanted[:, :, rows]), f"gradient of {name} of sequence {i}"
 
@@ -188,6 +191,17 @@ def test_what_tma_cannot_reach_takes_the_other_path(layout, device):
     check(tensors, options)
 
 
+def test_gradient_of_slopes_takes_the_other_path(device):
+    tensors, options = arguments((70, 140), (16, 16), BF16, device, (2, 1), **FEATURES)
+    output, lse = _cuda.forward(*tensors, *options)
+    found, without = (
+        _cuda.backward(output, None, *tensors, output, lse, *options, False, need, True) for need in (True, False)
+    )
+    assert found[4].shape == (2,) and found[4].all()
+    for name, got, wanted in zip(("query", "key", "value"), found, without, strict=False):
+        torch.testing.assert_close(got, wanted, atol=0.02, rtol=0.02, msg=name)
+
+
 def test_equal_inputs_give_equal_bits(device, request):
     """Under any schedule, in deterministic mode: two blocks share seven tiles of keys."""
     emulator = request.getfixturevalue("emulator") if device.type == "cpu" else None
@@ -200,7 +214,8 @@ def test_equal_inputs_give_equal_bits(device, request):
             if emulator:
                 emulator.set_options(**schedule)
             output, lse = _cuda.forward(*tensors, *options) if first is None else first[:2]
-            results = (output, lse, *_cuda.backward(output, lse, *tensors, output, lse, *options, bool(features), True))
+            flags = (bool(features), False, True)
+            results = (output, lse, *_cuda.backward(output, lse, *tensors, output, lse, *options, *flags))
             first = first or results
             assert all(map(torch.equal, results, first))
 
@@ -227,7 +242,7 @@ def test_shared_memory_without_bank_conflicts(dim, emulator):
     tensors, options = arguments((64, 128), (dim, dim), BF16, "cpu")
     output, lse = _cuda.forward(*tensors, *options)
     emulator.set_options(bank_conflicts=True)
-    _cuda.backward(torch.ones_like(output), None, *tensors, output, lse, *options, False, True)
+    _cuda.backward(torch.ones_like(output), None, *tensors, output, lse, *options, False, False, True)
     counted = emulator.counters()
     emulator.set_options(bank_conflicts=False)
     assert counted["shared_store_wavefronts"] > 0
