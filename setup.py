@@ -112,6 +112,9 @@ def extension() -> dict:
     targets = [re.sub(r"compute_8\d,code=sm_", f"compute_{ampere},code=sm_", target) for target in targets]
     # Hopper's own kernels exist for the architecture-specific target alone.
     targets = [re.sub(r"\b(compute|sm)_90\b", r"\1_90a", target) for target in targets]
+    # What only sm_90a has, most of our Hopper kernels use; plain sm_90 code of them would be empty.
+    targets = [re.sub(r"compute_90,code=sm_90$", "compute_90a,code=sm_90a", target) for target in targets]
+    hopper = ["-DBK_SM90A"] if any("sm_90a" in target for target in targets) else []
     cccl = [f"-I{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     # torch's helper hides the conversions and operators of __half and __nv_bfloat16.
@@ -139,6 +142,7 @@ def extension() -> dict:
                 "-Xcompiler=-fvisibility=hidden",
                 "-Xfatbin=-compress-all",
                 *targets,
+                *hopper,
                 *shown,
                 *cccl,
             ],

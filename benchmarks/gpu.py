@@ -93,6 +93,10 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
             1800,
         ),
     ]
+    # A Hopper GPU runs the older kernels too: where its own do not serve, and for whoever sets BIGKERN_MAX_CAPABILITY.
+    older = {"BIGKERN_MAX_CAPABILITY": "80"}
+    if not rehearse:
+        found.append(Step("tests-sm80", [*pytest, "tests/kernels", "-k", "not hopper", *kernels_on], 900, older))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in () if rehearse else SANITIZERS:
         # Small cases only: a sanitizer slows a kernel down a hundredfold.
@@ -110,6 +114,11 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         sizes = ["--tiny"] if rehearse else []
         bench = [python, "-m", "benchmarks", op, "--out", str(results), "--budget", "1200", *sizes]
         found.append(Step(f"bench-{op}", bench, 1500))
+    if not rehearse:
+        out = ["--out", str(results / "sm80"), "--budget", "600", "--peers"]
+        for op in ("attention", "conv"):
+            bench = [python, "-m", "benchmarks", op, *out, "--backends", "cuda", "--dtype", "bf16"]
+            found.append(Step(f"bench-{op}-sm80", bench, 900, older))
     found.append(Step("static", [python, "-m", "benchmarks.static", "--check"], 300))
     return found
 

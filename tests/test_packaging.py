@@ -152,6 +152,19 @@ def test_setup_without_torch_is_pure_python(monkeypatch, capsys):
     assert "ext_modules" not in called and "torch is not in the build environment" in said
 
 
+@pytest.mark.parametrize(
+    ("archs", "hopper"), [("8.0;9.0", True), ("9.0a", True), ("9.0+PTX", True), ("8.0+PTX", False)]
+)
+def test_hopper_is_built_for_what_only_it_has_or_left_out(monkeypatch, capsys, archs, hopper):
+    """Kernels of sm_90a are empty in code for plain sm_90, and launchers must know which of them is there."""
+    called, said = run_setup(monkeypatch, capsys, TORCH_CUDA_ARCH_LIST=archs)
+    if "ext_modules" not in called:
+        pytest.skip(said)
+    flags = called["ext_modules"][0].extra_compile_args["nvcc"]
+    assert ("-DBK_SM90A" in flags) == any("code=sm_90a" in flag for flag in flags) == hopper
+    assert not any(flag.endswith("code=sm_90") for flag in flags)
+
+
 @pytest.fixture
 def steady(monkeypatch, tmp_path):
     """setup.py's build_until_steady; a header; the mark of a build that runs."""

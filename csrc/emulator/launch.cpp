@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "device/capability.h"
 #include "emulator/control.h"
 #include "emulator/counters.h"
 #include "emulator/scheduler.h"
@@ -153,7 +154,7 @@ int max_shared_bytes() {
   return static_cast<int>(emulator::options().max_shared_bytes);
 }
 int compute_capability() {
-  return emulator::options().compute_capability;
+  return allowed_capability(emulator::options().compute_capability);
 }
 
 }  // namespace bigkern

@@ -1,6 +1,7 @@
 // Launching kernels and asking about the current device.
 #pragma once
 
+#include "device/capability.h"
 #include "device/launch_config.h"
 
 #include <cuda_runtime.h>
@@ -83,10 +84,17 @@ inline int max_shared_bytes() {
   return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// 10 times the major version and the minor one: 80, 90, ...; 0 when there is none.
+// By which launchers choose their path: 10 times the major version and the minor one, 80, 90, ...; 0 when there is no
+// GPU. On a Hopper GPU 89 unless this build has code for sm_90a (setup.py says so), of which the kernels that need it
+// would otherwise be empty.
 inline int compute_capability() {
-  return 10 * detail::device_attribute(cudaDevAttrComputeCapabilityMajor) +
-         detail::device_attribute(cudaDevAttrComputeCapabilityMinor);
+  const int found = 10 * detail::device_attribute(cudaDevAttrComputeCapabilityMajor) +
+                    detail::device_attribute(cudaDevAttrComputeCapabilityMinor);
+#if defined(BK_SM90A)
+  return allowed_capability(found);
+#else
+  return allowed_capability(found == 90 ? 89 : found);
+#endif
 }
 
 // Blocks that fit one multiprocessor; 0 when the kernel cannot run.
