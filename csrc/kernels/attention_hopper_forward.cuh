@@ -30,7 +30,7 @@
 // Registers (65,536 of a block): kernels start with 168 or 128 a thread; the producer gives up all but 40 or 32, and
 // the consumers go to 232 (two) or 160 (three). A thread holds dim/2 of output, keys/2 of scores, keys/4 of weights.
 //
-// Cycles of one tile of keys at dim 128, by unit, of one multiprocessor (4,096 FLOP of wgmma, 16 exp2, 128 fp32
+// Cycles of one tile of keys, by unit, of one multiprocessor (4,096 FLOP of wgmma, 16 exp2, 128 fp32
 // operations, 128 bytes of shared memory a cycle; all warpgroups together), and the bytes its loads take from L2:
 //
 //     dim  rows x keys   wgmma   exp2   fp32   shared memory    L2 bytes a cycle    shared    registers (S + O + P)
@@ -59,7 +59,7 @@ struct HopperForwardTiling {
   int keys, consumers;
 };
 
-// The first of each row is used; the others also compile without spills. Features take more registers and make the
+// What is used; those named behind it also compile without spills. Features take more registers and make the
 // softmax, not the products, the longer part.
 constexpr HopperForwardTiling hopper_forward_tiling(int dim, bool plain) {
   switch (dim) {

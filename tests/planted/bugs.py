@@ -575,42 +575,6 @@ BUGS = [
         "    ask_keys(later, stage);",
         "race",
     ),
-]
-
-
-class TritonBug(NamedTuple):
-    """tests/triton/test_planted_bugs.py runs the kernels of the changed file in the interpreter."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-
-
-TRITON_ATTENTION = "bigkern/ops/attention/_triton_kernels.py"
-
-TRITON_BUGS = [
-    TritonBug("missing rescale of the accumulator", TRITON_ATTENTION, "v, acc * rescale[:, None],", "v, acc,"),
-    TritonBug(
-        "keys beyond the last one are seen",
-        TRITON_ATTENTION,
-        "(distance <= window_right) & (key < keys)",
-        "(distance <= window_right)",
-    ),
-    TritonBug(
-        "tiles that the window cuts count as whole",
-        TRITON_ATTENTION,
-        "whole_end = tl.minimum(keys, tl.maximum(row0 + shift + window_right + 1, 0)) // KEYS",
-        "whole_end = tl.minimum(keys, tl.maximum(last + shift + window_right + 1, 0)) // KEYS",
-    ),
-    TritonBug(
-        "dropout draws another mask in the backward pass",
-        TRITON_ATTENTION,
-        "_kept(philox, batch, head, heads, col, key0,",
-        "_kept(philox, batch, head, heads, col, key0 + 4,",
-    ),
-    TritonBug("only one head of a group adds to its key", TRITON_ATTENTION, "steps * group, num", "steps, num"),
-    TritonBug("the gradient of lse is forgotten", TRITON_ATTENTION, "if grad_lse is not None:", "if False:"),
     Bug(
         "keys loaded over those still multiplied",
         "attention_hopper",
@@ -676,4 +640,40 @@ TRITON_BUGS = [
         "",
         "plain",
     ),
+]
+
+
+class TritonBug(NamedTuple):
+    """tests/triton/test_planted_bugs.py runs the kernels of the changed file in the interpreter."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+TRITON_ATTENTION = "bigkern/ops/attention/_triton_kernels.py"
+
+TRITON_BUGS = [
+    TritonBug("missing rescale of the accumulator", TRITON_ATTENTION, "v, acc * rescale[:, None],", "v, acc,"),
+    TritonBug(
+        "keys beyond the last one are seen",
+        TRITON_ATTENTION,
+        "(distance <= window_right) & (key < keys)",
+        "(distance <= window_right)",
+    ),
+    TritonBug(
+        "tiles that the window cuts count as whole",
+        TRITON_ATTENTION,
+        "whole_end = tl.minimum(keys, tl.maximum(row0 + shift + window_right + 1, 0)) // KEYS",
+        "whole_end = tl.minimum(keys, tl.maximum(last + shift + window_right + 1, 0)) // KEYS",
+    ),
+    TritonBug(
+        "dropout draws another mask in the backward pass",
+        TRITON_ATTENTION,
+        "_kept(philox, batch, head, heads, col, key0,",
+        "_kept(philox, batch, head, heads, col, key0 + 4,",
+    ),
+    TritonBug("only one head of a group adds to its key", TRITON_ATTENTION, "steps * group, num", "steps, num"),
+    TritonBug("the gradient of lse is forgotten", TRITON_ATTENTION, "if grad_lse is not None:", "if False:"),
 ]
