@@ -110,7 +110,7 @@ static_plan = [
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightChunkLoader", 256, _ALONE, False, _SHARED_WEIGHT, _COPIES),
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2),
     # One block a multiprocessor: setmaxnreg shares out 168 registers a thread. Empty on other architectures.
-    KernelPlan(r"^conv_hopper_kernel<", 384, 168, False, _SHARED_HOPPER, {"sm_90a": "HGMMA"}),
+    KernelPlan(r"^conv_hopper_kernel<", 384, 168, False, _SHARED_HOPPER, {"sm_90a": "HGMMA UTMALDG"}),
     # Strips of sums in registers: enough loads in flight with 512 threads.
     KernelPlan(r"^conv_depthwise_kernel<\w+, [48],", 256, 128, vectorised=True),
     KernelPlan(r"^conv_depthwise_kernel<\w+, 1,", 256, 128),

@@ -258,6 +258,7 @@ void tma_load_multicast(void* dst, const TensorMap& map, Mbarrier* barrier, cons
   if (blocks == 0 || blocks >> current->block->cluster->blocks.size() != 0) {
     fail(std::string(operation) + ": the mask names no block, or one that the cluster does not have", where);
   }
+  counters().tma_load_bytes += box.bytes;
   bool reads = true;
   for (uint32_t target = 0; blocks >> target != 0; target++) {
     if (!(blocks >> target & 1)) continue;
