@@ -40,13 +40,14 @@
 //
 // Instances, for each of bf16 and fp16, head_dim 64 (and below), 128 and 256: with every feature at run time, and up to
 // 128 a plain one with windows alone, whose inner loop has nothing more in it; fp32 has the former. Two directions: 26
-// kernels, and three small ones a dtype. value_dim is padded with head_dim to the larger one. What a tile may be is
+// kernels, and four small ones a dtype. value_dim is padded with head_dim to the larger one. What a tile may be is
 // bound by registers, of which the output of 32 x 128 or 16 x 256 takes half: hence 32 keys in the plain kernel of 128,
 // and no more than 16 at 256, which costs it time.
 //
 // Numerics: scores, statistics and sums are fp32; P and dS are rounded to T for the tensor cores. Differences from the
-// maximum and, with features, from lse are taken before they are scaled. fp32 products are split in four tf32 ones,
-// which leaves an error of about 2^-24 of each factor; an infinite factor makes NaN.
+// maximum and, with features, from lse are taken before they are scaled. An fp32 product is four tf32 ones, which
+// leaves an error of about 2^-24 of each factor, and five under the weights (P V, P^T dO), which leaves none of the
+// values'; an infinite factor makes NaN. Their sums are rounded to nearest, step by step.
 //
 // The path of another architecture enters in attention_forward and attention_backward below, and shares
 // attention_scores.cuh.
@@ -255,6 +256,28 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// Columns of one part of a product over head_dim: fp32 adds the parts up, so that few sums round at the whole's size.
+template <class T>
+constexpr int kPartCols = sizeof(T) == 2 ? 256 : 64;
+
+// sums, which are 0, from multiply(sums, col) of each part of `cols` columns.
+template <class T, int kDim, class Sums, class Multiply>
+__device__ __forceinline__ void multiply_parts(Sums& sums, int cols, Multiply multiply) {
+  if constexpr (kDim <= kPartCols<T>) {
+    multiply(sums, 0);
+  } else {
+#pragma unroll 1
+    for (int col = 0; col < cols; col += kPartCols<T>) {
+      Sums part = {};
+      multiply(part, col);
+      float* sum = reinterpret_cast<float*>(&sums);
+      const float* addend = reinterpret_cast<const float*>(&part);
+#pragma unroll
+      for (size_t i = 0; i < sizeof(Sums) / sizeof(float); i++) sum[i] += addend[i];
+    }
+  }
+}
+
 // Accumulators, 16 rows times a factor (of rows 0 to 7, 8 to 15), to a tile from (row0, col0) on, and from there to
 // rows of global memory, by one warp; in vectors where `vectors`.
 template <class T, int kCols, int kTiles, class Target>
@@ -388,22 +411,24 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 
     float scores[kWarpTiles][kKeyTiles][4] = {};
     if (active) {
+      multiply_parts<T, kDim>(scores, p.head_dim, [&](auto& sums, int col) {
 #pragma unroll(Tile::kProductSteps)
-      for (int k = 0; k < kDim; k += kDepth<T>) {
-        uint32_t a[kWarpTiles][4];
+        for (int k = col; k < col + min(kDim, kPartCols<T>); k += kDepth<T>) {
+          uint32_t a[kWarpTiles][4];
 #pragma unroll
-        for (int m = 0; m < kWarpTiles; m++) load_a<T, kDim>(a[m], q_tile, warp_row + 16 * m, k);
+          for (int m = 0; m < kWarpTiles; m++) load_a<T, kDim>(a[m], q_tile, warp_row + 16 * m, k);
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; n += 2) {
-          uint32_t keys[4];
-          load_b<T, kDim>(keys, k_tile, 8 * n, k);
+          for (int n = 0; n < kKeyTiles; n += 2) {
+            uint32_t keys[4];
+            load_b<T, kDim>(keys, k_tile, 8 * n, k);
 #pragma unroll
-          for (int m = 0; m < kWarpTiles; m++) {
-            multiply_add<T>(scores[m][n], a[m], keys[0], keys[1]);
-            multiply_add<T>(scores[m][n + 1], a[m], keys[2], keys[3]);
+            for (int m = 0; m < kWarpTiles; m++) {
+              multiply_add<T>(sums[m][n], a[m], keys[0], keys[1]);
+              multiply_add<T>(sums[m][n + 1], a[m], keys[2], keys[3]);
+            }
           }
         }
-      }
+      });
       const int key0 = key_tile * kKeys;
       const bool cut = key0 < whole_from || key0 + kKeys > whole_to;
 #pragma unroll
@@ -708,31 +733,35 @@ __global__ void __launch_bounds__(BackwardTile<T, kDim, kPlain>::kThreads, 1)
       __syncthreads();  // this step's rows are there, and everyone is done with the last one's dS
       if (active) {
         float weights[kScoreTiles][4] = {}, grads[kScoreTiles][4] = {};
+        multiply_parts<T, kDim>(weights, p.head_dim, [&](auto& sums, int col) {
 #pragma unroll(Tile::kProductSteps)
-        for (int k = 0; k < kDim; k += kDepth<T>) {
-          uint32_t a[4];
-          load_a<T, kDim>(a, k_tile, warp_key, k);
+          for (int k = col; k < col + min(kDim, kPartCols<T>); k += kDepth<T>) {
+            uint32_t a[4];
+            load_a<T, kDim>(a, k_tile, warp_key, k);
 #pragma unroll
-          for (int n = 0; n < kScoreTiles; n += 2) {
-            uint32_t rows[4];
-            load_b<T, kDim>(rows, q_tile, 8 * n, k);
-            multiply_add<T>(weights[n], a, rows[0], rows[1]);
-            multiply_add<T>(weights[n + 1], a, rows[2], rows[3]);
+            for (int n = 0; n < kScoreTiles; n += 2) {
+              uint32_t rows[4];
+              load_b<T, kDim>(rows, q_tile, 8 * n, k);
+              multiply_add<T>(sums[n], a, rows[0], rows[1]);
+              multiply_add<T>(sums[n + 1], a, rows[2], rows[3]);
+            }
           }
-        }
+        });
         // dP^T beside the scores: neither waits for the other.
+        multiply_parts<T, kDim>(grads, p.value_dim, [&](auto& sums, int col) {
 #pragma unroll(Tile::kProductSteps)
-        for (int k = 0; k < kDim; k += kDepth<T>) {
-          uint32_t a[4];
-          load_a<T, kDim>(a, v_tile, warp_key, k);
+          for (int k = col; k < col + min(kDim, kPartCols<T>); k += kDepth<T>) {
+            uint32_t a[4];
+            load_a<T, kDim>(a, v_tile, warp_key, k);
 #pragma unroll
-          for (int n = 0; n < kScoreTiles; n += 2) {
-            uint32_t rows[4];
-            load_b<T, kDim>(rows, g_tile, 8 * n, k);
-            multiply_add<T>(grads[n], a, rows[0], rows[1]);
-            multiply_add<T>(grads[n + 1], a, rows[2], rows[3]);
+            for (int n = 0; n < kScoreTiles; n += 2) {
+              uint32_t rows[4];
+              load_b<T, kDim>(rows, g_tile, 8 * n, k);
+              multiply_add<T>(sums[n], a, rows[0], rows[1]);
+              multiply_add<T>(sums[n + 1], a, rows[2], rows[3]);
+            }
           }
-        }
+        });
 
         uint32_t kept = ~0u;
         if constexpr (!kPlain) {

@@ -247,14 +247,16 @@ __global__ void __launch_bounds__(DecodeTile<T, kDim>::kThreads, kDim <= 128 && 
     cp_async_wait<2 * Tile::kStages - 1>();
     __syncwarp();  // the keys are there
     float scores[2][4] = {};
+    multiply_parts<T, kDim>(scores, p.head_dim, [&](auto& sums, int col) {
 #pragma unroll(kProductSteps<T>)
-    for (int k = 0; k < kDim; k += kDepth<T>) {
-      uint32_t a[4], key[4];
-      load_a<T, kDim>(a, q_tile, 0, k);
-      load_b<T, kDim>(key, k_tile, 0, k);
-      multiply_add<T>(scores[0], a, key[0], key[1]);
-      multiply_add<T>(scores[1], a, key[2], key[3]);
-    }
+      for (int k = col; k < col + min(kDim, kPartCols<T>); k += kDepth<T>) {
+        uint32_t a[4], key[4];
+        load_a<T, kDim>(a, q_tile, 0, k);
+        load_b<T, kDim>(key, k_tile, 0, k);
+        multiply_add<T>(sums[0], a, key[0], key[1]);
+        multiply_add<T>(sums[1], a, key[2], key[3]);
+      }
+    });
     __syncwarp();  // everyone is done with them
     ask_keys(later, stage);
 
