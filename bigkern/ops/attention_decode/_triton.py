@@ -114,7 +114,9 @@ def _tile(dim: int, dtype: torch.dtype, pairs: int) -> Tile:
     if support.INTERPRETED:  # which has no registers, and takes its time by the tile
         return Tile(rows, 64, 4, 1)
     width = dim * dtype.itemsize
-    return Tile(rows, 16 if dtype == torch.float32 else 8192 // width, 4, 3 if width <= 512 else 2)
+    if dtype == torch.float32:
+        return Tile(rows, 16, 4 if dim <= 128 else 8, 3 if dim <= 128 else 2)
+    return Tile(rows, 8192 // width, 4, 3)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:

@@ -48,10 +48,10 @@ def _head_start(tensor, batch, head, stride_batch, stride_head, ALIGN: tl.conste
 @triton.jit
 def _load_rows(
     cache, cache_row, fresh, fresh_row, row, length, inside, NEW: tl.constexpr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, first_col=0
 ):  # fmt: skip
     """BLOCK columns of a head's rows, zeros where not ``inside``; where NEW, those from ``length`` on are new ones."""
-    col = tl.arange(0, BLOCK)[None, :]
+    col = (first_col + tl.arange(0, BLOCK))[None, :]
     inside = inside[:, None] & (col < DIM)
     start = cache + row.to(tl.int64)[:, None] * cache_row * ALIGN
     if NEW:
@@ -172,13 +172,12 @@ def attention_decode_kernel(
     count = tl.where(stop > begin, tl.cdiv(tl.maximum(stop, 0), KEYS) - first, 0)
     part = tl.cdiv(count, splits)
 
-    col = tl.arange(0, BLOCK_D)[None, :]
+    # Wide fp32 rows in parts would not fit the registers at once: there, CHUNK columns at a time come from memory.
+    CHUNK: tl.constexpr = 32 if EXACT and BLOCK_D > 128 else BLOCK_D
+    col = tl.arange(0, CHUNK)[None, :]
     q_start = query + (batch.to(tl.int64) * query_batch + head.to(tl.int64) * query_head)[:, None] * ALIGN
-    q = tl.load(
-        q_start + row.to(tl.int64)[:, None] * query_row * ALIGN + col,
-        mask=inside[:, None] & (col < HEAD_DIM),
-        other=0.0,
-    )
+    q_start += row.to(tl.int64)[:, None] * query_row * ALIGN + col
+    q = tl.load(q_start, mask=inside[:, None] & (col < HEAD_DIM), other=0.0)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + batch * slopes_batch + head, mask=inside, other=0.0)[:, None]
@@ -196,11 +195,20 @@ def attention_decode_kernel(
         ):
             j = (first + index) * KEYS + tl.arange(0, KEYS)
             held = (j >= begin) & (j < stop)
-            k = _load_rows(k_start, key_cache_row, k_fresh, key_row, j, length, held, new, HEAD_DIM, BLOCK_D, ALIGN)
             v = _load_rows(
                 v_start, value_cache_row, v_fresh, value_row, j, length, held, new, VALUE_DIM, BLOCK_V, ALIGN
             )  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            k = _load_rows(k_start, key_cache_row, k_fresh, key_row, j, length, held, new, HEAD_DIM, CHUNK, ALIGN)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            for first_col in tl.range(CHUNK, BLOCK_D, CHUNK, num_stages=1):
+                q_part = tl.load(
+                    q_start + first_col, mask=inside[:, None] & (first_col + col < HEAD_DIM), other=0.0
+                )  # fmt: skip
+                k_part = _load_rows(
+                    k_start, key_cache_row, k_fresh, key_row, j, length, held, new, HEAD_DIM, CHUNK, ALIGN, first_col
+                )  # fmt: skip
+                scores += tl.dot(q_part, tl.trans(k_part), input_precision=PRECISION)
+            scores *= scale
             if SOFTCAP:
                 scores = softcap * tanh(scores / softcap)
             distance = j[None, :] - position[:, None]
