@@ -53,7 +53,7 @@ DTYPES = {
 _MOST_COMPILED_STEPS = 64
 
 # The grid's kernels have 256 threads, one block a multiprocessor: the weights take what registers there are.
-# Compiled for sm_100a and sm_120a they take up to a sixth more. With 256 threads, 136 to 255 registers are all one block.
+# Compiled for sm_100a and sm_120a they take up to a sixth more. From 129 registers on it is one block in any case.
 _PERSISTENT, _STREAMED = 255, 208
 static_plan = [
     KernelPlan(r"^rnn_forward_kernel<\w+<(__nv_bfloat16|__half)>, \w+, (true|\(bool\)1)>", 256, _PERSISTENT,
