@@ -110,7 +110,7 @@ def extension() -> dict:
     # Compute 8.x has one instruction set: one front-end pass (60 % of an architecture's compile time) serves it all.
     ampere = min((int(number) for number in re.findall(r"compute_(8\d)", " ".join(targets))), default=80)
     targets = [re.sub(r"compute_8\d,code=sm_", f"compute_{ampere},code=sm_", target) for target in targets]
-    # Hopper's own kernels exist for the architecture-specific target alone; compute_90 of a "9.0+PTX" is for later GPUs.
+    # Hopper's own kernels exist for the architecture-specific target alone; compute_90 of "9.0+PTX" is for later GPUs.
     targets = [re.sub(r"compute_90,code=sm_90$", "compute_90a,code=sm_90a", target) for target in targets]
     hopper = ["-DBK_SM90A"] if any("sm_90a" in target for target in targets) else []
     cccl = [f"-I{path}" for path in (cuda / "include/cccl", cuda / "cccl/include") if path.is_dir()]
