@@ -84,6 +84,11 @@ class Row:
     """EX2 by how many products of its warpgroup are in flight at most: by the wait before it in the code."""
 
     @property
+    def empty(self) -> bool:
+        """Compiled for an architecture that the kernel is not for."""
+        return self.registers <= 8 and not any(self.instructions.values())
+
+    @property
     def occupancy(self) -> float | None:
         """Resident warps over the most there can be, from registers and shared memory, at the plan's block size."""
         if self.plan is None or self.arch not in WARPS:
@@ -266,13 +271,15 @@ def markdown(rows: list[Row]) -> str:
     """The committed table: one line a kernel, one column an architecture, so that a change reads well in a diff."""
     archs = sorted({row.arch for row in rows}, key=in_order)
     spilling = sum(bool(row.local or row.instructions["LDL"] or row.instructions["STL"]) for row in rows)
+    count = sum(not row.empty for row in rows)
     lines = [
         "# What the compiler made of every kernel",
         "",
         f"Written by `python -m benchmarks.static --write` from the shipped object ({compiler()}); no speed measured.",
         "Registers, then occupancy at the planned block size (\\*: with a typical launch's dynamic shared memory);",
         "the last columns are of sm_90a: static shared bytes, 16-byte among all global loads, among all global stores.",
-        f"Spills (LDL, STL, stack): {spilling} of {len(rows)} kernels.",
+        "A dash: that architecture has another kernel instead.",
+        f"Spills (LDL, STL, stack): {spilling} of {count} kernels.",
         "",
         "| kernel | planned | " + " | ".join(archs) + " | shared | LDG.128 | STG.128 |",
         "|---|---|" + "---|" * (len(archs) + 3),
@@ -283,7 +290,7 @@ def markdown(rows: list[Row]) -> str:
         cells = [
             f"{row.registers}, {'?' if row.occupancy is None else f'{row.occupancy:.0%}'}"
             + ("\\*" if row.plan and row.plan.shared_bytes else "")
-            if (row := mine.get(arch))
+            if (row := mine.get(arch)) and not row.empty
             else "-"
             for arch in archs
         ]

@@ -125,6 +125,13 @@ def test_an_architecture_we_do_not_ship_is_listed_without_occupancy():
     assert "| sm_90a | sm_87 |" in static.markdown([other, row()])
 
 
+def test_a_kernel_of_another_architecture_is_a_dash():
+    stored = row(instructions=Counter(STG=1))
+    assert "| 32, " in static.markdown([stored]) and "0 of 1 kernels" in static.markdown([stored])
+    table = static.markdown([stored, row(arch="sm_80", registers=4)])
+    assert "| - | 32, " in table and "0 of 1 kernels" in table
+
+
 def test_names_are_shortened():
     assert static.shorten("void bigkern::f<float, (int)4>(bigkern::Params<float>)") == "f<float, (int)4>"
     assert static.shorten("bigkern::g(int)") == "g"

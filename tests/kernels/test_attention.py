@@ -152,8 +152,9 @@ def test_every_instance(dtype, dims, features, device):
 )
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_dims_that_are_padded(dims, dtype, device):
-    # So few rows leave much to luck: in eight seeds torch's error of the key's gradient in fp32 at (7, 130) is 5.2e-8
-    # to 5.2e-7 and the kernel's 2.1e-7 to 1.1e-6, beyond the rule at seeds 0 and 1 alone.
+    # So few rows leave much to luck. In fp32 over seeds 0 to 15 the kernel's errors, root mean square, are 0.98 of
+    # torch's in the key's gradient at (7, 130), 0.93 to 1.08 in the others and 0.47 to 0.83 at the other sizes; single
+    # seeds scatter about that, and of the first eight 0 and 1 are beyond the rule in that gradient.
     check(*arguments((5, 37), dims, dtype, device, seed=2))
 
 

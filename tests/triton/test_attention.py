@@ -155,7 +155,7 @@ def test_cu_seqlens_of_any_values_stay_within_the_tensors():
         query[:, :, 4:], key[:, :, 2:], value[:, :, 2:], *[None] * 4, 5, 7, -1, -1, *options[8:]
     )
     torch.testing.assert_close(output[:, :, 4:], expected)
-    grads = _triton.backward(output, None, query, key, value, output, lse, *options, False, False)
+    grads = _triton.backward(output, None, query, key, value, output, lse, *options, False, False, False)
     assert all(grad.isfinite().all() for grad in grads)
 
 
