@@ -105,6 +105,15 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors[device.index]
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded(size: int) -> int:
+    """The power of two that holds ``size``; 16 is what tl.dot takes at least."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def alignment(*counts: int) -> int:
     """The largest power of two up to 8 that divides every count.
 

@@ -240,6 +240,15 @@ def test_dropout_draws_the_same_bits_as_the_other_kernel(device, hopper):
         assert torch.equal(dropped, other[..., :keys] == 0)
 
 
+@pytest.mark.emulated
+def test_older_kernels_can_be_asked_for(device, hopper, monkeypatch):
+    """BIGKERN_MAX_CAPABILITY, as the launchers of every op read it."""
+    tensors, options = arguments((150, 70), (64, 64), BF16, device)
+    for most, taken in (("80", False), ("90", True), ("", True), ("120", True)):
+        monkeypatch.setenv("BIGKERN_MAX_CAPABILITY", most)
+        hopper.forward(tensors, options, taken=taken)
+
+
 def test_rows_without_keys(device, hopper):
     """By the window, and by a mask: output 0, lse minus infinity, though key and value be NaN there."""
     tensors, options = arguments((200, 70), (64, 64), BF16, device, window_right=0, bottom_right=True)

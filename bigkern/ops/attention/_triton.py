@@ -162,15 +162,6 @@ def _kernels():
     return _loaded_kernels
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _padded(dim: int) -> int:
-    """The power of two that holds ``dim``, at least 16: what tl.dot takes."""
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 class Tile(NamedTuple):
     """What a program works on at a time, its warps, and how many tiles are in flight."""
 
@@ -206,7 +197,9 @@ def _tile(kernel: str, dim: int, dtype: torch.dtype, plain: bool) -> Tile:
 
 def _fitting(tile: Tile, seqlen_q: int, seqlen_k: int) -> Tile:
     """The tile, smaller where it would be mostly empty."""
-    return tile._replace(queries=min(tile.queries, _padded(seqlen_q)), keys=min(tile.keys, _padded(seqlen_k)))
+    return tile._replace(
+        queries=min(tile.queries, support.padded(seqlen_q)), keys=min(tile.keys, support.padded(seqlen_k))
+    )
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -263,15 +256,15 @@ class _Call:
         self.constants = dict(
             HEAD_DIM=self.head_dim,
             VALUE_DIM=self.value_dim,
-            BLOCK_D=_padded(self.head_dim),
-            BLOCK_V=_padded(self.value_dim),
+            BLOCK_D=support.padded(self.head_dim),
+            BLOCK_V=support.padded(self.value_dim),
             ALIGN=align,
             MASK_ALIGN=mask_align,
             BOTTOM_RIGHT=bottom_right,
             SOFTCAP=softcap > 0.0,
             QUADS=max_seqlen_k % 4 == 0,
             PRECISION="ieee" if exact else "tf32",
-            CHUNK=min(_CHUNK, _padded(self.head_dim), _padded(self.value_dim)),
+            CHUNK=min(_CHUNK, support.padded(self.head_dim), support.padded(self.value_dim)),
         )
 
     def tile(self, kernel: str) -> Tile:
@@ -297,7 +290,7 @@ def _forward(query, key, value, *options):
     if call.empty:
         return output, lse
     tile = call.tile("forward")
-    tiles = _ceil_div(call.seqlen_q, tile.queries)
+    tiles = support.ceil_div(call.seqlen_q, tile.queries)
     with support.device_guard(query.device):
         _kernels().attention_forward_kernel[(tiles * call.heads * call.batch,)](
             *call.tensors,
@@ -342,7 +335,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
     kernels = _kernels()
     with support.device_guard(query.device):
         rows = max(16, 8192 // call.constants["BLOCK_V"])
-        row_tiles = _ceil_div(call.total_q, rows)
+        row_tiles = support.ceil_div(call.total_q, rows)
         row_strides = (*_strides(grad_output), *_strides(output))
         align = support.alignment(*row_strides)
         kernels.attention_backward_rows_kernel[(row_tiles * call.heads * query.shape[0],)](
@@ -364,7 +357,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             num_warps=8,
         )
         tile = call.tile("keys")
-        tiles = _ceil_div(call.seqlen_k, tile.keys)
+        tiles = support.ceil_div(call.seqlen_k, tile.keys)
         numbers = (call.heads, call.group, call.seqlen_q, call.seqlen_k)
         rest = (*call.windows, *call.factors, call.softcap, *call.dropout, *call.strides)
         kernels.attention_backward_keys_kernel[(tiles * call.kv_heads * call.batch,)](
@@ -386,7 +379,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
             **_blocks(tile),
         )
         tile = call.tile("queries")
-        tiles = _ceil_div(call.seqlen_q, tile.queries)
+        tiles = support.ceil_div(call.seqlen_q, tile.queries)
         # Zeros: of a packed sequence that is shorter than the longest, the last programs write nothing.
         slope_parts = lse.new_zeros((call.batch, call.heads, tiles)) if need_grad_slopes else None
         kernels.attention_backward_queries_kernel[(tiles * call.heads * call.batch,)](
@@ -415,7 +408,7 @@ def _backward(grad_output, grad_lse, query, key, value, output, lse, attn_mask, 
                 size == length for size, length in zip(sizes, (call.seqlen_q, call.seqlen_k), strict=True)
             )
             tile = call.tile("mask")
-            tiles_q, tiles_k = _ceil_div(call.seqlen_q, tile.queries), _ceil_div(call.seqlen_k, tile.keys)
+            tiles_q, tiles_k = support.ceil_div(call.seqlen_q, tile.queries), support.ceil_div(call.seqlen_k, tile.keys)
             shared_q, shared_k = 1 if per_query else tiles_q, 1 if per_key else tiles_k
             kernels.attention_backward_mask_kernel[(batch * heads * (tiles_q // shared_q) * (tiles_k // shared_k),)](
                 *call.tensors,

@@ -86,15 +86,6 @@ def _kernels():
     return _loaded_kernels
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _padded(size: int) -> int:
-    """The power of two that holds ``size``; 16 is what tl.dot takes at least."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 class Tile(NamedTuple):
     """Pairs of a query and a head, and keys, that a program works on at a time; its warps; tiles in flight."""
 
@@ -140,9 +131,9 @@ def _forward(
     output = query.new_empty((batch, seqlen_q, heads, value_dim))
     lse = query.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
     group = heads // kv_heads
-    block_d, block_v = _padded(head_dim), _padded(value_dim)
+    block_d, block_v = support.padded(head_dim), support.padded(value_dim)
     tile = _tile(max(block_d, block_v), query.dtype, seqlen_q * group)
-    tiles = _ceil_div(seqlen_q * group, tile.rows)
+    tiles = support.ceil_div(seqlen_q * group, tile.rows)
     programs = batch * kv_heads * tiles
     if splits == 0:
         keys = capacity if window_left < 0 else min(capacity, window_left + seqlen_q)
@@ -196,7 +187,7 @@ def _forward(
         )
         if splits > 1:
             combined = max(1, 1024 // block_v)
-            kernels.attention_decode_combine_kernel[(_ceil_div(rows, combined),)](
+            kernels.attention_decode_combine_kernel[(support.ceil_div(rows, combined),)](
                 parts,
                 lse_parts,
                 output,

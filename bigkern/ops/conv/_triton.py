@@ -133,10 +133,6 @@ def _kernels():
     return _loaded_kernels
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _tile(extent: int, most: int) -> int:
     """The smallest power of two that holds ``extent``, from 16 (what tl.dot takes) to ``most``."""
     return min(most, max(16, 1 << (extent - 1).bit_length()))
@@ -205,13 +201,15 @@ def _launch_conv(
     half = source.dtype != torch.float32
     if channelwise:
         traversal, rows, cols, block, warps, stages = "channelwise", 16, _tile(out_width, 64), 16, 4, 1
-        col_tiles = _ceil_div(out_width, cols)
+        col_tiles = support.ceil_div(out_width, cols)
     else:
         # The maximum so far, where it was and what it came from take registers beside the sums.
         wide = half and pool == _NO_POOL
         cols = _tile(outs, 128 if wide else 64)
-        col_tiles = groups * _ceil_div(outs, cols)
-        rows = 128 if wide and _ceil_div(count, 128) * col_tiles >= support.multiprocessors(source.device) else 64
+        col_tiles = groups * support.ceil_div(outs, cols)
+        rows = (
+            128 if wide and support.ceil_div(count, 128) * col_tiles >= support.multiprocessors(source.device) else 64
+        )
         if reds < _MIN_TAP_CHANNELS:
             traversal, block = "flat", 32
         else:
@@ -219,7 +217,7 @@ def _launch_conv(
         # With four warps the TF32 kernel spills: on sm_80 with three stages, on sm_100 with two.
         warps, stages = 8 if tf32 or rows * cols > 8192 else 4, 3
     classes = stride[0] * stride[1] if transposed else 1
-    kernels.conv_kernel[(_ceil_div(count, rows) * col_tiles, classes)](
+    kernels.conv_kernel[(support.ceil_div(count, rows) * col_tiles, classes)](
         source,
         weight,
         bias,
@@ -304,7 +302,7 @@ def _forward(
         if overlapping:
             count, rows, cols = output.numel() // channels, 32, _tile(channels, 64)
             align = support.alignment(channels)
-            _kernels().conv_pool_kernel[(_ceil_div(count, rows), _ceil_div(channels, cols))](
+            _kernels().conv_pool_kernel[(support.ceil_div(count, rows), support.ceil_div(channels, cols))](
                 conv,
                 *results,
                 count,
@@ -342,7 +340,7 @@ def _backward_epilogue(grad_output, output, preactivation, argmax, conv_size, ac
         align = support.alignment(channels, *_strides(grad_output), *_strides(kept_like))
     count, rows, cols = images * conv_size[0] * conv_size[1], 32, _tile(channels, 64)
     with support.device_guard(grad_output.device):
-        _kernels().conv_backward_epilogue_kernel[(_ceil_div(count, rows), _ceil_div(channels, cols))](
+        _kernels().conv_backward_epilogue_kernel[(support.ceil_div(count, rows), support.ceil_div(channels, cols))](
             grad_output,
             kept,
             argmax,
@@ -369,7 +367,7 @@ def _backward_input(grad_conv, weight, input_size, stride, padding, dilation, gr
     shape = (grad_conv.shape[0], outs * groups, *input_size)
     grad_input = _schema.new_tensor(grad_conv, shape, channels_last)
     shared = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-    grid_size = [_ceil_div(extent, s) for extent, s in zip(input_size, stride, strict=True)]
+    grid_size = [support.ceil_div(extent, s) for extent, s in zip(input_size, stride, strict=True)]
     with support.device_guard(grad_conv.device):
         _launch_conv(
             _readable(grad_conv),
@@ -411,14 +409,16 @@ def _backward_weight(grad_conv, input, kernel_size, stride, padding, dilation, g
     count = images * conv_size[0] * conv_size[1]
     if channelwise:
         rows, cols, block = _tile(channels, 32), 1, 64
-        tiles = _ceil_div(channels, rows) * taps * reds
+        tiles = support.ceil_div(channels, rows) * taps * reds
     else:
         rows, cols, block = _tile(outs, 64), _tile(taps * reds, 64), 64 if input.dtype != torch.float32 else 32
-        tiles = groups * _ceil_div(outs, rows) * _ceil_div(taps * reds, cols)
+        tiles = groups * support.ceil_div(outs, rows) * support.ceil_div(taps * reds, cols)
     # Enough programs to fill the GPU several times over, but none with less than a few steps.
-    splits = min(_ceil_div(4 * support.multiprocessors(device), tiles), _ceil_div(count, 4 * block), _MAX_GRID)
-    span = _ceil_div(_ceil_div(count, splits), block) * block
-    splits = _ceil_div(count, span)
+    splits = min(
+        support.ceil_div(4 * support.multiprocessors(device), tiles), support.ceil_div(count, 4 * block), _MAX_GRID
+    )
+    span = support.ceil_div(support.ceil_div(count, splits), block) * block
+    splits = support.ceil_div(count, span)
     kernels = _kernels()
     with support.device_guard(device):
         partial_weight = torch.empty((splits, channels, taps * reds), dtype=torch.float32, device=device)
@@ -456,7 +456,7 @@ def _backward_weight(grad_conv, input, kernel_size, stride, padding, dilation, g
         )
         for partial, total, width in ((partial_weight, grad_weight, reds), (partial_bias, grad_bias, 1)):
             if partial is not None:
-                kernels.conv_finish_kernel[(_ceil_div(total.numel(), 256),)](
+                kernels.conv_finish_kernel[(support.ceil_div(total.numel(), 256),)](
                     partial,
                     total,
                     splits,

@@ -101,10 +101,6 @@ def _kernels():
     return _loaded_kernels
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -142,7 +138,7 @@ def _forward(input, residual, weight, bias, eps, rms, dropout_p, philox):
         else:
             block = SPLIT_COLS_FORWARD
             tile_rows, warps = _tile(rows, block, block, 1)
-            splits = _ceil_div(cols, block)
+            splits = support.ceil_div(cols, block)
             split_squares = torch.empty((rows, splits), dtype=torch.float32, device=device)
             split_mean = None if rms else torch.empty_like(split_squares)
             kernels.layer_norm_split_statistics_kernel[(rows, splits)](
@@ -166,7 +162,7 @@ def _forward(input, residual, weight, bias, eps, rms, dropout_p, philox):
                 source, input_stride, residual, philox = summed, cols, None, None
             else:
                 source = input
-        kernels.layer_norm_forward_kernel[(_ceil_div(rows, tile_rows), splits)](
+        kernels.layer_norm_forward_kernel[(support.ceil_div(rows, tile_rows), splits)](
             source,
             residual,
             weight,
@@ -222,7 +218,7 @@ def _backward(grad_output, grad_summed, summed, mean, rstd, weight, rms, dropout
             split_products = split_gradients = None
         else:
             block = SPLIT_COLS_BACKWARD
-            col_blocks, splits = _ceil_div(cols, block), _ceil_div(cols, SPLIT_COLS_FORWARD)
+            col_blocks, splits = support.ceil_div(cols, block), support.ceil_div(cols, SPLIT_COLS_FORWARD)
             split_products = torch.empty((rows, splits), dtype=torch.float32, device=device)
             split_gradients = None if rms else torch.empty_like(split_products)
             kernels.layer_norm_split_sums_kernel[(rows, splits)](
@@ -244,7 +240,7 @@ def _backward(grad_output, grad_summed, summed, mean, rstd, weight, rms, dropout
         tile_rows, warps = _tile(rows, block, _TILE_ELEMENTS_BACKWARD, multiprocessors)
         # As many programs as run at once, so that each keeps the parameters' gradients to itself over many rows.
         resident = multiprocessors * max(1, _BACKWARD_WARPS // warps)
-        programs = min(_ceil_div(rows, tile_rows), max(1, resident // col_blocks))
+        programs = min(support.ceil_div(rows, tile_rows), max(1, resident // col_blocks))
         partial_weight = torch.empty((programs, cols), dtype=torch.float32, device=device) if need_weight else None
         partial_bias = torch.empty((programs, cols), dtype=torch.float32, device=device) if need_bias else None
         kernels.layer_norm_backward_kernel[(programs, col_blocks)](
@@ -279,8 +275,8 @@ def _backward(grad_output, grad_summed, summed, mean, rstd, weight, rms, dropout
         )
         if need_weight or need_bias:
             # At least one cache line of columns, and not many more programs than run at once.
-            finish_cols = min(1024, max(32, _power_of_two(_ceil_div(cols, 4 * multiprocessors))))
-            kernels.layer_norm_finish_kernel[(_ceil_div(cols, finish_cols),)](
+            finish_cols = min(1024, max(32, _power_of_two(support.ceil_div(cols, 4 * multiprocessors))))
+            kernels.layer_norm_finish_kernel[(support.ceil_div(cols, finish_cols),)](
                 partial_weight,
                 partial_bias,
                 grad_weight if need_weight else None,
