@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: set BIGKERN_TEST_GRID=full (make test-all)"))
         if item.get_closest_marker("emulated") and on_gpu:
             item.add_marker(pytest.mark.skip(reason="drives the emulator, which runs on the CPU"))
+
+
+def pytest_runtest_setup(item):
+    """torch's random numbers depend on the test alone, whatever ran before it in the process.
+
+    ``BIGKERN_TEST_SEED`` draws others, to find tests that hang on one draw.
+    """
+    import torch
+
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()) + int(os.environ.get("BIGKERN_TEST_SEED", "0")))
 
 
 def _gpu_count() -> int:

@@ -13,22 +13,58 @@ with respect to every tensor that requires one, and asserts the rule for each ou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bigkern.tools.evaluation import errors, limit, uninitialised_memory_is_nan
+from bigkern.tools.evaluation import (
+    DRAWS,
+    Errors,
+    errors,
+    limit,
+    may_be_luck,
+    pooled,
+    uninitialised_memory_is_nan,
+    within,
+)
+
+
+class _Row(NamedTuple):
+    """Errors of one output or gradient."""
+
+    name: str
+    found: Errors
+    torch: Errors
+    dtype: torch.dtype
+    elements: int
 
 
 def assert_close(name: str, actual: Tensor, torch_result: Tensor, truth: Tensor) -> None:
     """Assert the rule for one tensor: ``actual`` against the float64 ``truth``, beside ``torch_result``."""
+    _assert_within(_row(name, actual, torch_result, truth))
+
+
+def _row(name: str, actual: Tensor, torch_result: Tensor, truth: Tensor) -> _Row:
     assert actual.dtype == torch_result.dtype, f"{name} has dtype {actual.dtype}, torch's has {torch_result.dtype}"
-    found, torch_errors = errors(actual, truth), errors(torch_result, truth)
-    allowed = limit(torch_errors, actual.dtype, actual.numel())
-    assert found.norm <= allowed.norm and found.max <= allowed.max, (
-        f"{name}: error {found.norm:.3g} (norm), {found.max:.3g} (max); allowed {allowed.norm:.3g}, {allowed.max:.3g}; "
-        f"torch's own {torch_errors.norm:.3g}, {torch_errors.max:.3g}"
+    return _Row(name, errors(actual, truth), errors(torch_result, truth), actual.dtype, actual.numel())
+
+
+def _within(row: _Row) -> bool:
+    return within(row.found, limit(row.torch, row.dtype, row.elements))
+
+
+def _assert_within(row: _Row) -> None:
+    allowed = limit(row.torch, row.dtype, row.elements)
+    assert within(row.found, allowed), (
+        f"{row.name}: error {row.found.norm:.3g} (norm), {row.found.max:.3g} (max); allowed {allowed.norm:.3g}, "
+        f"{allowed.max:.3g}; torch's own {row.torch.norm:.3g}, {row.torch.max:.3g}"
     )
+
+
+def _pool(draws: Sequence[_Row]) -> _Row:
+    found, own = (pooled([getattr(draw, side) for draw in draws]) for side in ("found", "torch"))
+    return draws[0]._replace(name=f"{draws[0].name}, {len(draws)} draws", found=found, torch=own)
 
 
 def check(
@@ -42,17 +78,43 @@ def check(
     """Assert the rule for every output of ``kernel(*inputs)`` and every gradient.
 
     ``reference`` is the same function in torch's operators, fit for any dtype.  Gradients flow from random cotangents.
+    A small tensor that leaves the rule is drawn again, seven times, and judged by all draws together.
     """
     names = names or [f"input {i}" for i in range(len(inputs))]
+    wanted = [name for name, x in zip(names, inputs, strict=True) if x is not None and x.requires_grad]
+    rows = _draw(kernel, reference, inputs, wanted, seed)
+    settled = [_within(row) or not may_be_luck(row.found, row.elements) for row in rows]
+    if not all(settled):
+        again = [
+            _draw(kernel, reference, [redrawn(x, draw) for x in inputs], wanted, seed + 100 * draw)
+            for draw in range(1, DRAWS)
+        ]
+        rows = [row if keep else _pool(draws) for row, keep, *draws in zip(rows, settled, rows, *again, strict=True)]
+    for row in rows:
+        _assert_within(row)
+
+
+def _draw(kernel, reference, inputs, wanted, seed) -> list[_Row]:
     with uninitialised_memory_is_nan():
         outputs, grads = run(kernel, inputs, seed)
     torch_outputs, torch_grads = run(reference, inputs, seed)
     truths, true_grads = run(reference, [to_double(x) for x in inputs], seed)
-    for i, results in enumerate(zip(outputs, torch_outputs, truths, strict=True)):
-        assert_close(f"output {i}", *results)
-    wanted = [name for name, x in zip(names, inputs, strict=True) if x is not None and x.requires_grad]
-    for name, *results in zip(wanted, grads, torch_grads, true_grads, strict=True):
-        assert_close(f"gradient of {name}", *results)
+    rows = [_row(f"output {i}", *results) for i, results in enumerate(zip(outputs, torch_outputs, truths, strict=True))]
+    gradients = zip(wanted, grads, torch_grads, true_grads, strict=True)
+    return rows + [_row(f"gradient of {name}", *results) for name, *results in gradients]
+
+
+def redrawn(x: Tensor | None, draw: int) -> Tensor | None:
+    """Every value multiplied by a random number of 15/16 to 17/16: other roundings of the same problem.
+
+    Zeros, infinities and NaN stay, and so do layout, offset and sharing of memory within the tensor.
+    """
+    if x is None or not x.is_floating_point():
+        return x
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.detach().untyped_storage())
+    factors = torch.rand(storage.shape, generator=torch.Generator().manual_seed(draw)).to(x.device)
+    values = (storage.double() * (0.9375 + 0.125 * factors)).to(x.dtype)
+    return values.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
 
 
 def run(
