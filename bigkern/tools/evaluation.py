@@ -206,7 +206,7 @@ def make_reference(case: Case, dtype: torch.dtype, device: torch.device | str, s
 
 
 def compare(op: str, case: Case, dtype: torch.dtype, backend: str, reference: Reference) -> list[Comparison]:
-    """Runs ``case`` on ``backend`` and compares each output and gradient, by `pooled` errors where one draw leaves the rule.
+    """Runs ``case`` on ``backend`` and compares each output and gradient, by `pooled` errors if one draw fails.
 
     Raises what the backend raises.
     """
