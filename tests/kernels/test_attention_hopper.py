@@ -92,6 +92,11 @@ def check(hopper, tensors, options, *, taken=True):
     )
 
 
+def slopes(heads):
+    """ALiBi's, as the reference takes them."""
+    return 2.0 ** -torch.arange(1.0, heads + 1)
+
+
 def together(heads, queries, rows):
     """Heads that share tiles, and their places there: tile_heads of csrc/kernels/attention_hopper.h."""
     group = heads[0] // heads[1]
@@ -186,27 +191,28 @@ def test_products_and_bytes_are_the_models(dim, plain, hopper):
     assert hopper.counted() == model((1, 1), (150, 150), TILING[dim, plain], dim=dim)
 
 
-# Heads, key heads, queries: groups that fill their places and others, one tile and several, one query.
+# Heads, key heads, queries: groups that fill their places and others, one tile and several.
 SHARED = [
     (8, 1, 9),
     (3, 1, 30),
     (6, 2, 33),
     (5, 1, 100),
     (64, 1, 2),
-    (66, 1, 65),
+    (48, 1, 12),
     (16, 1, 100),
     (12, 4, 70),
     (2, 1, 64),
 ]
 
 
-@pytest.mark.parametrize("sizes", pick(SHARED, SHARED[2:6]), ids=str)
+@pytest.mark.parametrize("sizes", pick(SHARED, [SHARED[2], SHARED[4]]), ids=str)
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
 def test_heads_share_tiles(sizes, features, device, hopper):
     """Where that makes fewer tiles: keys and values are loaded once for all the heads of a tile."""
     heads, kv_heads, queries = sizes
-    slopes = dict(alibi_slopes=torch.linspace(0.1, 0.6, heads)) if features else {}
-    given = FEATURES | slopes if features else dict(window_left=60, window_right=0, bottom_right=True)
+    given = dict(window_left=60, window_right=0, bottom_right=True)
+    if features:
+        given = FEATURES | dict(alibi_slopes=slopes(heads))
     tensors, options = arguments((queries, 150), (64, 64), BF16, device, (heads, kv_heads), 2, **given)
     check(hopper, tensors, options)
     if hopper.emulator:
@@ -224,7 +230,7 @@ def test_shared_tiles_change_no_bit(heads, dim, plain, device, hopper):
     given = dict(window_left=100, window_right=3)
     if not plain:
         mask = torch.randn(1, heads[0], 70, 150, generator=torch.Generator().manual_seed(1)).to(BF16)
-        given |= FEATURES | dict(attn_mask=mask, alibi_slopes=torch.linspace(0.1, 0.6, heads[0]))
+        given |= FEATURES | dict(attn_mask=mask, alibi_slopes=slopes(heads[0]))
     (query, *others), options = arguments((70, 150), (dim, dim), BF16, device, heads, **given)
     own = [x.repeat_interleave(heads[0] // heads[1], 1) for x in others]
     expected = hopper.forward([query, *own], options)
@@ -370,7 +376,7 @@ class TestOtherKernel:
     def test_few_queries(self, sizes, device, hopper):
         """At most 64 rows, also of heads that share tiles; more than 64 heads of a key head do not."""
         heads, queries = sizes
-        check(hopper, *arguments((queries, 90), (64, 64), BF16, device, (heads, 1)), taken=False)
+        check(hopper, *arguments((queries, 20), (64, 64), BF16, device, (heads, 1)), taken=False)
 
     def test_long_keys_for_few_blocks(self, device, hopper):
         hopper.set(multiprocessors=8)
@@ -422,7 +428,7 @@ def test_small(dim, features, device, hopper):
 def test_small_shared_tiles(features, device, hopper):
     """Two tiles of rows, of which every fourth place is empty."""
     hopper.set(multiprocessors=1)
-    given = FEATURES | {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1])} if features else {"window_right": 0}
+    given = FEATURES | {"alibi_slopes": slopes(3)} if features else {"window_right": 0}
     check(hopper, *arguments((40 if features else 60, 70), (64, 64), BF16, device, (3, 1), **given))
 
 
