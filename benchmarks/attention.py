@@ -109,12 +109,12 @@ static_plan = [
 ]
 
 
-# Keys a tile and warpgroups of 64 queries, by head_dim.
+# Keys a tile, warpgroups of 64 queries, exponentials of 16 that are polynomials, by head_dim.
 _HOPPER_TILINGS = {
-    64: ("{128, 3}", "{128, 2}", "{192, 2}"),
-    128: ("{128, 2}", "{176, 2}"),
-    192: ("{96, 2}", "{64, 2}"),
-    256: ("{80, 2}", "{64, 2}"),
+    64: ("{128, 3, 4}", "{128, 3, 0}", "{128, 3, 2}", "{128, 3, 6}", "{128, 2, 4}", "{192, 2, 4}"),
+    128: ("{128, 2, 0}", "{128, 2, 2}", "{176, 2, 0}"),
+    192: ("{96, 2, 0}", "{64, 2, 0}"),
+    256: ("{80, 2, 0}", "{64, 2, 0}"),
 }
 tunables = [
     Tunable(

@@ -39,14 +39,16 @@
 // operations, 128 bytes of shared memory a cycle; all warpgroups together), and the bytes its loads take from L2:
 //
 //     dim  rows x keys   wgmma   exp2   fp32   shared memory    L2 bytes a cycle    shared    registers (S + O + P)
-//      64   192 x 128     1536   1536    672         62 %              21            112 KB    64 + 32 + 32
+//      64   192 x 128     1536   1152   1200         62 %              21            112 KB    64 + 32 + 32
 //     128   128 x 128     2048   1024    512         62 %              32            192 KB    64 + 64 + 32
 //     128   128 x 176     2816   1408    656         59 %              32            208 KB    88 + 64 + 44
 //     192   128 x 96      2304    768    480         67 %              32            192 KB    48 + 96 + 24
 //     256   128 x 80      2560    640    496         70 %              32            224 KB    40 + 128 + 20
 //
-// So dim 64 is bound by exp2 as much as by wgmma, and the others by wgmma, if L2 gives 32 bytes a cycle to each
-// multiprocessor. None of this is measured.
+// So all are bound by wgmma, if L2 gives 32 bytes a cycle to each multiprocessor. At dim 64 exp2 would take the 1536
+// cycles of wgmma, and the fp32 lanes 672: four exponentials of 16 are polynomials there (exp2_polynomial, 11
+// instructions each), which leaves a fifth of the time or more to either unit. Six would ask 1464 cycles of the fp32
+// lanes. None of this is measured.
 #pragma once
 
 #include "device/device.cuh"
