@@ -454,9 +454,17 @@ def attention_hopper(library: ctypes.CDLL) -> str | None:
     """Several tiles of queries and keys; packed sequences, the last of which is NaN and must stay alone; the same where
     three heads share tiles with an empty fourth place.
     """
-    dim, whole, packed = 64, ([0, 200], [0, 300]), ([0, 70, 70, 300, 310], [0, 130, 150, 420, 440])
-    for (cu_q, cu_k), heads, kv_heads in ((whole, 2, 2), (packed, 2, 2), (([0, 30], [0, 40]), 6, 2), (packed, 3, 1)):
-        queries, keys, causal = cu_q[-1], cu_k[-1], cu_q is packed[0]
+    dim, cases = (
+        64,
+        (
+            ([0, 200], [0, 300], 2, 2),
+            ([0, 70, 70, 300, 310], [0, 130, 150, 420, 440], 2, 2),
+            ([0, 30], [0, 40], 6, 2),
+            ([0, 20, 20, 70, 72], [0, 30, 40, 90, 95], 3, 1),
+        ),
+    )
+    for cu_q, cu_k, heads, kv_heads in cases:
+        queries, keys, causal = cu_q[-1], cu_k[-1], len(cu_q) > 2
         rng = np.random.default_rng(queries)
         sizes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
         bits = [bf16(rng.standard_normal((*size, dim)).astype(np.float32)) for size in sizes]
