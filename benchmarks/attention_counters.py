@@ -64,6 +64,15 @@ CASES = (
 )
 
 
+# Of the Hopper forward kernel, which loads by TMA.
+HOPPER_CASES = (
+    Case("8 heads of one key head, 16 queries", 128, 8, 1, 16),
+    Case("8 heads of one key head, 72 queries", 128, 8, 1, 72),
+    Case("3 heads of one key head, 72 queries", 64, 3, 1, 72),
+    Case("4 heads of one key head, 256 queries", 128, 4, 1, 256),
+)
+
+
 class Count(NamedTuple):
     """Of one call: products of 16 x 8 x 16, bytes of global memory (atomics apart), bank conflicts."""
 
@@ -113,6 +122,30 @@ def row(case: Case) -> str:
     return f"| {case.name} | {case.head_dim} | {' | '.join(', '.join(cell) for cell in cells)} |"
 
 
+def hopper_loads(case: Case) -> int:
+    """Bytes that the Hopper forward kernel loads; 0 where another kernel serves the case."""
+    import torch
+
+    from bigkern.ops.attention import _cuda
+
+    control = emulated.load("plain")
+    before = control.options()
+    control.set_options(compute_capability=90, multiprocessors=1)
+    control.reset_counters()
+    shapes = [(case.heads, case.queries), (case.kv_heads, case.keys), (case.kv_heads, case.keys)]
+    tensors = [torch.zeros(1, *shape, case.head_dim, dtype=torch.bfloat16) for shape in shapes]
+    sizes = (case.queries, case.keys, *case.window)
+    _cuda.forward(*tensors, None, None, None, None, *sizes, False, 0.0, 1.0, case.dropout_p, None, False)
+    control.set_options(**before)
+    return control.counters()["tma_load_bytes"]
+
+
+def hopper_row(case: Case) -> str:
+    floor = case.floor_bytes(False)
+    shared, apart = (hopper_loads(case._replace(kv_heads=heads)) for heads in (case.kv_heads, case.heads))
+    return f"| {case.name} | {case.head_dim} | {shared / floor:.2f} | {f'{apart / floor:.2f}' if apart else '-'} |"
+
+
 def markdown() -> str:
     lines = [
         "# What the attention kernels ask of a GPU",
@@ -130,6 +163,13 @@ def markdown() -> str:
         "| case | head_dim | FLOP | loaded | stored | added | conflicts |",
         "|---|---|---|---|---|---|---|",
         *map(row, CASES),
+        "",
+        "On Hopper, forward: bytes that TMA loads over the same floor, where heads share tiles; and beside it with",
+        "keys and values for each head, when none do. A dash: another kernel takes so few queries.",
+        "",
+        "| case | head_dim | loaded | heads apart |",
+        "|---|---|---|---|",
+        *map(hopper_row, HOPPER_CASES),
     ]
     return "\n".join(lines) + "\n"
 

@@ -69,6 +69,8 @@ class KernelPlan:
     overlapped: bool = False
     """On sm_90a two products of a warpgroup are in flight, and every exponential stands between the wait for the older
     one and the wait for the other. ptxas has moved the second wait above them, where nothing overlaps any more."""
+    max_exponentials: int | None = None
+    """EX2 in the code on sm_90a, where polynomials take the place of some."""
 
 
 @dataclass
@@ -120,6 +122,9 @@ class Row:
             found.append(f"{self.instructions['HGMMA']} HGMMA in {self.instructions['ARRIVE']} groups: serialised")
         if self.plan.overlapped and self.arch == "sm_90a" and self.exponentials.keys() != {1}:
             found.append(f"exponentials by products in flight: {dict(self.exponentials)}, planned all under one")
+        most = self.plan.max_exponentials
+        if most is not None and self.arch == "sm_90a" and self.instructions["EX2"] > most:
+            found.append(f"{self.instructions['EX2']} EX2, planned at most {most}")
         return [f"{self.kernel} on {self.arch}: {fault}" for fault in found]
 
 

@@ -69,6 +69,7 @@ def row(**changes) -> Row:
         (dict(plan=KernelPlan("f", 256, 64, vectorised=True)), "no 16-byte"),
         (dict(plan=KernelPlan("f", 256, 64, requires={"sm_90a": "HGMMA"})), "no HGMMA"),
         (dict(instructions=Counter(HGMMA=32, ARRIVE=32)), "serialised"),
+        (dict(plan=KernelPlan("f", 256, 64, max_exponentials=50), instructions=Counter(EX2=66)), "66 EX2"),
         (dict(plan=KernelPlan("f", 256, 64, overlapped=True)), "exponentials"),
         (dict(plan=KernelPlan("f", 256, 64, overlapped=True), exponentials=Counter({1: 60, 0: 4})), "exponentials"),
     ],

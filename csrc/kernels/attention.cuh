@@ -1089,14 +1089,17 @@ int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, cons
 }
 
 // Which architecture's forward kernel, given 16-bit tensors. Hopper's own takes what TMA reaches, except
-// - few queries: its warpgroups hold 64 rows of one head, of which most would be padding, where the other kernel packs
-//   the heads that share keys into one tile;
+// - few queries: its warpgroups hold 64 rows, of which most would be padding even where the heads that share keys share
+//   tiles, as they do in the other kernel's smaller ones;
 // - long keys for few tiles of queries: the other kernel splits the keys, which pays, at half the rate or more, where
 //   more than half of the multiprocessors would be idle.
 inline bool hopper_forward_serves(const AttentionForwardParams& p) {
-  constexpr int kFewQueries = 64, kTileQueries = 128, kLongKeys = 2048;
-  if (compute_capability() != 90 || p.seqlen_q <= kFewQueries) return false;
-  const int64_t tiles = int64_t{p.batch} * p.heads * ceil_div(p.seqlen_q, kTileQueries);
+  constexpr int kFewRows = 64, kTileRows = 128, kLongKeys = 2048;
+  if (compute_capability() != 90) return false;
+  const TileHeads together = tile_heads(p, kTileRows);
+  if (int64_t{p.seqlen_q} * together.heads <= kFewRows) return false;
+  const int64_t tiles =
+      int64_t{p.batch} * (p.heads / together.heads) * ceil_div(p.seqlen_q << together.shift, kTileRows);
   if (p.seqlen_k >= kLongKeys && 2 * tiles < multiprocessor_count()) return false;
   const TensorCounts of_queries(p, true), of_keys(p, false);
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) && can_map(p.key, of_keys) &&

@@ -24,17 +24,19 @@ constexpr int kHopperShared = 227 << 10;  // what a block may have
 template <int kRows, int kCols>
 constexpr int kTileBytes = kRows * kCols * 2;
 
+// The stride of a tensor map's dimension in bytes; of one element it is never used, and may be 0 in the tensor.
+template <class T>
+uint64_t map_stride(int64_t stride, int count) {
+  return count == 1 ? uint64_t{16} : static_cast<uint64_t>(stride) * sizeof(T);
+}
+
 // The map of a tensor `cols` wide, to load or store in panels of box_rows rows (at most 256). can_map() holds.
 template <class T>
 TensorMap panel_map(const AttentionTensor& x, const TensorCounts& counts, int cols, int box_rows) {
   const uint64_t dims[4] = {static_cast<uint64_t>(cols), static_cast<uint64_t>(counts.rows),
                             static_cast<uint64_t>(counts.heads), static_cast<uint64_t>(counts.batch)};
-  // The stride of a dimension of one element is never used, and given as 0.
-  const auto bytes = [](int64_t stride, int count) {
-    return count == 1 ? uint64_t{16} : static_cast<uint64_t>(stride) * sizeof(T);
-  };
-  const uint64_t strides[3] = {bytes(x.row_stride, counts.rows), bytes(x.head_stride, counts.heads),
-                               bytes(x.batch_stride, counts.batch)};
+  const uint64_t strides[3] = {map_stride<T>(x.row_stride, counts.rows), map_stride<T>(x.head_stride, counts.heads),
+                               map_stride<T>(x.batch_stride, counts.batch)};
   const uint32_t box[4] = {kPanelCols, static_cast<uint32_t>(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   return make_tensor_map<T>(x.data, 4, dims, strides, box, steps, 128);
 }
@@ -50,25 +52,23 @@ struct Ring {
   }
 };
 
-// By one thread: rows from `row` on of one head, kCols / 64 panels of kRows rows. The whole tile's bytes are counted on
-// `barrier`.
-template <int kRows, int kCols>
-__device__ __forceinline__ void load_panels(void* tile, const TensorMap& map, Mbarrier* barrier, int row, int head,
-                                            int batch) {
+// By one thread: kCols / 64 panels of kRows rows from a place on, which is the map's coordinates after the column: row,
+// head, batch. The whole tile's bytes are counted on `barrier`.
+template <int kRows, int kCols, class... Place>
+__device__ __forceinline__ void load_panels(void* tile, const TensorMap& map, Mbarrier* barrier, Place... place) {
   mbarrier_arrive_expect_tx(barrier, kTileBytes<kRows, kCols>);
 #pragma unroll
   for (int col = 0; col < kCols; col += kPanelCols) {
-    tma_load(static_cast<char*>(tile) + col * kRows * 2, map, barrier, {col, row, head, batch});
+    tma_load(static_cast<char*>(tile) + col * kRows * 2, map, barrier, {col, place...});
   }
 }
 
 // By one thread, which commits: the panels of kRows rows, those that lie beyond `cols` left out.
-template <int kRows, int kCols>
-__device__ __forceinline__ void store_panels(const TensorMap& map, const void* tile, int cols, int row, int head,
-                                             int batch) {
+template <int kRows, int kCols, class... Place>
+__device__ __forceinline__ void store_panels(const TensorMap& map, const void* tile, int cols, Place... place) {
 #pragma unroll
   for (int col = 0; col < kCols; col += kPanelCols) {
-    if (col < cols) tma_store(map, static_cast<const char*>(tile) + col * kRows * 2, {col, row, head, batch});
+    if (col < cols) tma_store(map, static_cast<const char*>(tile) + col * kRows * 2, {col, place...});
   }
 }
 

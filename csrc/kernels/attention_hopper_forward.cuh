@@ -17,6 +17,11 @@
 // whose loop ends a basic block: in one block with the softmax, ptxas was seen to move that wait above the
 // exponentials, which then have nothing to hide under. benchmarks/static.py looks at the shipped code for it.
 //
+// Rows: where queries are few, the heads that share a key head share a tile (tile_heads), so that keys and values are
+// read once for all of them. Row r is query r >> shift of head r % (1 << shift): a box of the query's and the output's
+// map is columns x heads x queries, and TMA fills the places beyond the last head with zeros and does not store them.
+// All that depends on a row's query or head goes by its number, dropout's bits too, and is the same either way.
+//
 // Order: within sections of heads whose keys and values stay in the L2 cache together, the tiles with the most keys
 // come first, and every other round of the grid is dealt backwards, so that no block gets the longest of each.
 //
@@ -34,14 +39,16 @@
 // operations, 128 bytes of shared memory a cycle; all warpgroups together), and the bytes its loads take from L2:
 //
 //     dim  rows x keys   wgmma   exp2   fp32   shared memory    L2 bytes a cycle    shared    registers (S + O + P)
-//      64   192 x 128     1536   1536    672         62 %              21            112 KB    64 + 32 + 32
+//      64   192 x 128     1536   1152   1200         62 %              21            112 KB    64 + 32 + 32
 //     128   128 x 128     2048   1024    512         62 %              32            192 KB    64 + 64 + 32
 //     128   128 x 176     2816   1408    656         59 %              32            208 KB    88 + 64 + 44
 //     192   128 x 96      2304    768    480         67 %              32            192 KB    48 + 96 + 24
 //     256   128 x 80      2560    640    496         70 %              32            224 KB    40 + 128 + 20
 //
-// So dim 64 is bound by exp2 as much as by wgmma, and the others by wgmma, if L2 gives 32 bytes a cycle to each
-// multiprocessor. None of this is measured.
+// So all are bound by wgmma, if L2 gives 32 bytes a cycle to each multiprocessor. At dim 64 exp2 would take the 1536
+// cycles of wgmma, and the fp32 lanes 672: four exponentials of 16 are polynomials there (exp2_polynomial, 11
+// instructions each), which leaves a fifth of the time or more to either unit. Six would ask 1464 cycles of the fp32
+// lanes. None of this is measured.
 #pragma once
 
 #include "device/device.cuh"
@@ -54,19 +61,19 @@
 namespace bigkern {
 namespace attention {
 
-// What a measured run chooses: keys a tile, and warpgroups of 64 queries. The candidates stand in
-// benchmarks/attention.py; all of them compile without spills.
+// What a measured run chooses: keys a tile, warpgroups of 64 queries, and of 16 exponentials those that are polynomials
+// on the fp32 lanes. The candidates stand in benchmarks/attention.py; all of them compile without spills.
 struct HopperForwardTiling {
-  int keys, consumers;
+  int keys, consumers, exp2_on_fma;
 };
-constexpr HopperForwardTiling kHopperForward64 = {128, 3};
-constexpr HopperForwardTiling kHopperForward128 = {128, 2};
-constexpr HopperForwardTiling kHopperForward192 = {96, 2};
-constexpr HopperForwardTiling kHopperForward256 = {80, 2};
+constexpr HopperForwardTiling kHopperForward64 = {128, 3, 4};
+constexpr HopperForwardTiling kHopperForward128 = {128, 2, 0};
+constexpr HopperForwardTiling kHopperForward192 = {96, 2, 0};
+constexpr HopperForwardTiling kHopperForward256 = {80, 2, 0};
 
 // Features take more registers and make the softmax, not the products, the longer part.
 constexpr HopperForwardTiling hopper_forward_tiling(int dim, bool plain) {
-  if (!plain) return {dim <= 192 ? 64 : 48, 2};
+  if (!plain) return {dim <= 192 ? 64 : 48, 2, 0};
   return dim == 64    ? kHopperForward64
          : dim == 128 ? kHopperForward128
          : dim == 192 ? kHopperForward192
@@ -84,6 +91,7 @@ template <int kDim, bool kPlain>
 struct HopperForwardTile {
   static constexpr HopperForwardTiling kTiling = hopper_forward_tiling(kDim, kPlain);
   static constexpr int kKeys = kTiling.keys, kConsumers = kTiling.consumers, kStages = 2;
+  static constexpr int kExp2OnFma = kTiling.exp2_on_fma;
   static constexpr int kRows = 64 * kConsumers, kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kQueryBytes = kTileBytes<64, kDim>, kKeyBytes = kTileBytes<kKeys, kDim>;  // of one warpgroup
   using Barriers = HopperForwardBarriers<kStages, kConsumers>;
@@ -101,33 +109,70 @@ struct HopperForwardMaps {
 };
 
 struct HopperForwardPlan {
-  int tiles;    // of queries, a head
-  int section;  // heads
-  int count;    // tiles of all heads
+  TileHeads together;  // heads that share tiles
+  int tiles;           // of those heads' rows
+  int section;         // heads, or groups that share tiles
+  int count;           // tiles of all heads
 };
 
-// One tile of queries of one head: which keys it sees, in tiles from `first` to before `end`.
+// The map of a tensor of queries, to load or store in panels of 64 rows: (cols, heads that share tiles, rows, the other
+// heads, batch). can_map() holds.
+template <class T>
+TensorMap rows_map(const AttentionTensor& x, const TensorCounts& counts, int cols, const TileHeads& together) {
+  const int others = counts.heads / together.heads;
+  const uint64_t dims[5] = {static_cast<uint64_t>(cols), static_cast<uint64_t>(together.heads),
+                            static_cast<uint64_t>(counts.rows), static_cast<uint64_t>(others),
+                            static_cast<uint64_t>(counts.batch)};
+  const uint64_t strides[4] = {map_stride<T>(x.head_stride, together.heads), map_stride<T>(x.row_stride, counts.rows),
+                               map_stride<T>(x.head_stride * together.heads, others),
+                               map_stride<T>(x.batch_stride, counts.batch)};
+  const uint32_t places = uint32_t{1} << together.shift;
+  const uint32_t box[5] = {kPanelCols, places, 64 / places, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  return make_tensor_map<T>(x.data, 5, dims, strides, box, steps, 128);
+}
+
+// One tile of rows of the heads that share tiles: which keys it sees, in tiles from `first` to before `end`.
 struct HopperForwardWork {
-  int b, head, kv_head, row0, first, end;
+  TileHeads together;
+  int b, heads, kv_head, row0, first, end;  // `heads`: which of those that share tiles
   Sequence sequence;
 
   template <class Tile>
   static __device__ __forceinline__ HopperForwardWork at(const AttentionForwardParams& p, const HopperForwardPlan& plan,
                                                          int number) {
     const int in_section = plan.tiles * plan.section, first_head = number / in_section * plan.section;
-    const int place = number % in_section, heads = min(plan.section, p.batch * p.heads - first_head);
+    const int of_batch = p.heads / plan.together.heads;
+    const int place = number % in_section, heads = min(plan.section, p.batch * of_batch - first_head);
     const int head = first_head + place % heads, row0 = (plan.tiles - 1 - place / heads) * Tile::kRows;
-    const int b = head / p.heads;
-    HopperForwardWork work{b, head % p.heads, head % p.heads / (p.heads / p.kv_heads), row0, 0, 0, Sequence(p, b)};
+    const int b = head / of_batch, kv_head = head % of_batch * plan.together.heads / (p.heads / p.kv_heads);
+    HopperForwardWork work{plan.together, b, head % of_batch, kv_head, row0, 0, 0, Sequence(p, b)};
     if (work.some_rows()) {
-      const int last = min(row0 + Tile::kRows, work.sequence.queries) - 1;
-      const int from = work.sequence.first_key(p, row0), to = work.sequence.end_key(p, last);
+      const int last = work.query(min(row0 + Tile::kRows, work.rows()) - 1);
+      const int from = work.sequence.first_key(p, work.query(row0)), to = work.sequence.end_key(p, last);
       if (to > from) work.first = from / Tile::kKeys, work.end = ceil_div(to, Tile::kKeys);
     }
     return work;
   }
 
-  __device__ __forceinline__ bool some_rows() const { return row0 < sequence.queries; }
+  __device__ __forceinline__ int rows() const { return sequence.queries << together.shift; }
+  __device__ __forceinline__ int query(int row) const { return row >> together.shift; }
+  // An empty place is taken for the last head's: what is read for it exists, and what it becomes is not stored.
+  __device__ __forceinline__ int head(int row) const {
+    return heads * together.heads + min(row & ((1 << together.shift) - 1), together.heads - 1);
+  }
+  __device__ __forceinline__ bool has(int row) const {
+    return row < rows() && (row & ((1 << together.shift) - 1)) < together.heads;
+  }
+
+  template <class T>
+  __device__ __forceinline__ T* output_row(const AttentionForwardParams& p, int row) const {
+    return sequence.row<T>(p, p.output, b, head(row), sequence.first_q, query(row));
+  }
+  __device__ __forceinline__ float* lse(const AttentionForwardParams& p, int row) const {
+    return p.lse + sequence.statistics(p, b, head(row)) + query(row);
+  }
+
+  __device__ __forceinline__ bool some_rows() const { return row0 < rows(); }
   __device__ __forceinline__ bool some_keys() const { return first < end; }
 };
 
@@ -213,8 +258,8 @@ __device__ __forceinline__ void load_forward(const AttentionForwardParams& p, co
 #pragma unroll 1
       for (int w = 0; w < Tile::kConsumers; w++) {
         mbarrier_wait(&bars.q_empty[w], q_phase ^ 1);
-        load_panels<64, kDim>(shared.q + w * Tile::kQueryBytes, maps.query, &bars.q_full[w],
-                              work.sequence.first_q + work.row0 + 64 * w, work.head, batch);
+        load_panels<64, kDim>(shared.q + w * Tile::kQueryBytes, maps.query, &bars.q_full[w], 0,
+                              work.sequence.first_q + work.query(work.row0 + 64 * w), work.heads, batch);
       }
     }
     q_phase ^= 1;
@@ -230,34 +275,37 @@ __device__ __forceinline__ void load_forward(const AttentionForwardParams& p, co
 // Adds a tile of keys to the running softmax: scores become weights. maximum is in powers of two, already scaled by
 // `factor`; sum is this thread's part; rescale is what the output so far must be multiplied by. Bit 4 i + e % 4 of
 // kept says whether element e of 8-column tile i of a chunk stays.
-template <class T, int kKeys, bool kPlain>
+template <class T, int kKeys, int kExp2OnFma, bool kPlain>
 __device__ __forceinline__ void softmax_tile(const AttentionForwardParams& p, const HopperForwardWork& work, int row0,
                                              int key0, float factor, float (&scores)[kKeys / 2], float (&maximum)[2],
                                              float (&sum)[2], float (&rescale)[2]) {
   constexpr int kTiles = kKeys / 8;
-  const int lane = threadIdx.x % 32, query = row0 + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
+  const int lane = threadIdx.x % 32, row = row0 + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
   const Sequence& sequence = work.sequence;
   uint32_t kept = ~0u;
   if constexpr (!kPlain) {
     static_assert(kTiles <= 8, "a bit for each score");
     float derivative[1][4];
     add_features<T, kTiles, false>(
-        p, sequence, work.b, tiles_of<0, kTiles>(scores), derivative, [&](int) { return work.head; },
-        [&](int, int e) { return query + e / 2 * 8; },
+        p, sequence, work.b, tiles_of<0, kTiles>(scores), derivative, [&](int e) { return work.head(row + e / 2 * 8); },
+        [&](int, int e) { return work.query(row + e / 2 * 8); },
         [&](int i, int e) { return key0 + 8 * i + lane % 4 * 2 + e % 2; });
     if (p.philox != nullptr) {
-      const uint64_t low =
-          static_cast<uint64_t>(((int64_t{work.b} * p.heads + work.head) * p.seqlen_q + query) * p.seqlen_k);
-      kept = kept_scores<kTiles>(p, low, low + 8 * static_cast<uint64_t>(p.seqlen_k), key0);
+      const auto first = [&](int row) {
+        const int64_t head = int64_t{work.b} * p.heads + work.head(row);
+        return static_cast<uint64_t>((head * p.seqlen_q + work.query(row)) * p.seqlen_k);
+      };
+      kept = kept_scores<kTiles>(p, first(row), first(row + 8), key0);
     }
   }
   // Between these keys every row of the warpgroup sees every key.
-  const int last = max(min(row0 + 64, sequence.queries) - 1, row0);
-  if (key0 < sequence.first_key(p, last) || key0 + kKeys > sequence.end_key(p, row0)) {
+  const int last = work.query(max(min(row0 + 64, work.rows()) - 1, row0));
+  if (key0 < sequence.first_key(p, last) || key0 + kKeys > sequence.end_key(p, work.query(row0))) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int from = sequence.first_key(p, query + 8 * half) - key0 - lane % 4 * 2;
-      const int to = sequence.end_key(p, query + 8 * half) - key0 - lane % 4 * 2;
+      const int query = work.query(row + 8 * half);
+      const int from = sequence.first_key(p, query) - key0 - lane % 4 * 2;
+      const int to = sequence.end_key(p, query) - key0 - lane % 4 * 2;
 #pragma unroll
       for (int i = 0; i < kTiles; i++) {
 #pragma unroll
@@ -287,7 +335,10 @@ __device__ __forceinline__ void softmax_tile(const AttentionForwardParams& p, co
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; e++) {
         float& x = scores[4 * i + e];
-        x = exp2_approx(__fmaf_rn(x, factor, -base));
+        x = __fmaf_rn(x, factor, -base);
+        // Evenly among the others, so that both units have work all along.
+        const bool on_fma = (2 * i + e % 2) * kExp2OnFma % 16 < kExp2OnFma;
+        x = on_fma ? exp2_polynomial(x) : exp2_approx(x);
         total += x;
         if constexpr (!kPlain) x = kept >> (4 * i + e) & 1 ? x : 0.0f;
       }
@@ -317,22 +368,21 @@ __device__ __forceinline__ void store_forward(const AttentionForwardParams& p, c
   }
   fence_proxy_async();
   named_barrier(barrier, kWarpgroup);
-  const int rows = work.sequence.queries - row0;
-  const bool by_threads = packed && rows < 64;  // the rows beyond are another sequence's
+  const bool by_threads = packed && work.rows() - row0 < 64;  // the rows beyond are another sequence's
   if (by_threads) {
     constexpr int kChunks = kDim / 8;
 #pragma unroll 1
     for (int i = thread; i < 64 * kChunks; i += kWarpgroup) {
       const int row = i / kChunks, col = i % kChunks * 8;
-      if (row >= rows || col >= p.value_dim) continue;
-      T* target = work.sequence.row<T>(p, p.output, work.b, work.head, work.sequence.first_q, row0 + row) + col;
-      store_vec<T, 8>(target, load_vec<T, 8>(reinterpret_cast<const T*>(panel_chunk<64>(stage, row, col))));
+      if (!work.has(row0 + row) || col >= p.value_dim) continue;
+      store_vec<T, 8>(work.output_row<T>(p, row0 + row) + col,
+                      load_vec<T, 8>(reinterpret_cast<const T*>(panel_chunk<64>(stage, row, col))));
     }
     if constexpr (!Tile::kOwnOutput) named_barrier(barrier, kWarpgroup);
   }
   if (leader) {
     if (!by_threads) {
-      store_panels<64, kDim>(maps.output, stage, p.value_dim, work.sequence.first_q + row0, work.head,
+      store_panels<64, kDim>(maps.output, stage, p.value_dim, 0, work.sequence.first_q + work.query(row0), work.heads,
                              packed ? 0 : work.b);
       bulk_commit();
     }
@@ -347,13 +397,12 @@ __device__ __forceinline__ void store_forward(const AttentionForwardParams& p, c
 // may be on their way to where the output would be staged.
 template <class T>
 __device__ __forceinline__ void store_zeros(const AttentionForwardParams& p, const HopperForwardWork& work, int row0) {
-  const int rows = min(64, work.sequence.queries - row0), warp = threadIdx.x % kWarpgroup / 32;
   const int lane = threadIdx.x % 32, col = lane * 8;
 #pragma unroll 1
-  for (int row = warp; row < rows; row += 4) {
-    T* target = work.sequence.row<T>(p, p.output, work.b, work.head, work.sequence.first_q, row0 + row) + col;
-    if (col < p.value_dim) store_vec<T, 8>(target, Vec<T, 8>{});
-    if (lane == 0) p.lse[work.sequence.statistics(p, work.b, work.head) + row0 + row] = -INFINITY;
+  for (int row = row0 + threadIdx.x % kWarpgroup / 32; row < row0 + 64; row += 4) {
+    if (!work.has(row)) continue;
+    if (col < p.value_dim) store_vec<T, 8>(work.output_row<T>(p, row) + col, Vec<T, 8>{});
+    if (lane == 0) *work.lse(p, row) = -INFINITY;
   }
 }
 
@@ -419,7 +468,8 @@ __device__ __forceinline__ void attend_forward(const AttentionForwardParams& p, 
       wgmma_wait<1>(scores);
       if (lane == 0) mbarrier_arrive(&bars.k_empty[keys.stage]);
       keys.advance();
-      softmax_tile<T, kKeys, kPlain>(p, work, row0, tile * kKeys, factor, scores, maximum, sum, rescale);
+      softmax_tile<T, kKeys, Tile::kExp2OnFma, kPlain>(p, work, row0, tile * kKeys, factor, scores, maximum, sum,
+                                                       rescale);
       if (tile == work.first) break;
       mbarrier_wait(&bars.k_full[keys.stage], keys.phase);
       make_weights();
@@ -434,12 +484,11 @@ __device__ __forceinline__ void attend_forward(const AttentionForwardParams& p, 
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int query = row0 + thread / 32 * 16 + lane / 4 + 8 * half;
+      const int row = row0 + thread / 32 * 16 + lane / 4 + 8 * half;
       const float total = group_sum<4>(sum[half]);
       inverse[half] = total == 0.0f ? 0.0f : p.dropout_scale / total;
-      if (lane % 4 == 0 && query < work.sequence.queries) {
-        p.lse[work.sequence.statistics(p, work.b, work.head) + query] =
-            total == 0.0f ? -INFINITY : maximum[half] * kLn2 + logf(total);
+      if (lane % 4 == 0 && work.has(row)) {
+        *work.lse(p, row) = total == 0.0f ? -INFINITY : maximum[half] * kLn2 + logf(total);
       }
     }
     wgmma_wait<0>(out);
@@ -492,17 +541,19 @@ int launch_hopper_forward(const AttentionForwardParams& p, Stream stream) {
   using Tile = HopperForwardTile<kDim, kPlain>;
   constexpr int64_t kCacheBytes = 32 << 20;  // of the L2 cache, for keys and values
   HopperForwardPlan plan{};
-  plan.tiles = ceil_div(p.seqlen_q, Tile::kRows);
-  const int64_t heads = int64_t{p.batch} * p.heads, count = heads * plan.tiles;
+  plan.together = tile_heads(p, Tile::kRows);
+  plan.tiles = ceil_div(p.seqlen_q << plan.together.shift, Tile::kRows);
+  const int64_t heads = int64_t{p.batch} * (p.heads / plan.together.heads), count = heads * plan.tiles;
   if (count > kMostBlocks) return kErrorInvalidValue;
   plan.count = static_cast<int>(count);
   const int64_t head_bytes = int64_t{p.seqlen_k} * (p.head_dim + p.value_dim) * sizeof(T);
-  const int64_t section = p.heads / p.kv_heads * std::max<int64_t>(1, kCacheBytes / head_bytes);
+  const int64_t section = p.heads / p.kv_heads / plan.together.heads * std::max<int64_t>(1, kCacheBytes / head_bytes);
   plan.section = static_cast<int>(std::min({section, heads, kMostBlocks / plan.tiles}));
   const TensorCounts of_queries(p, true), of_keys(p, false);
-  const HopperForwardMaps maps{
-      panel_map<T>(p.query, of_queries, p.head_dim, 64), panel_map<T>(p.key, of_keys, p.head_dim, Tile::kKeys),
-      panel_map<T>(p.value, of_keys, p.value_dim, Tile::kKeys), panel_map<T>(p.output, of_queries, p.value_dim, 64)};
+  const HopperForwardMaps maps{rows_map<T>(p.query, of_queries, p.head_dim, plan.together),
+                               panel_map<T>(p.key, of_keys, p.head_dim, Tile::kKeys),
+                               panel_map<T>(p.value, of_keys, p.value_dim, Tile::kKeys),
+                               rows_map<T>(p.output, of_queries, p.value_dim, plan.together)};
   const int64_t blocks = std::min<int64_t>(count, std::max(1, multiprocessor_count()));
   return launch(attention_hopper_forward_kernel<T, kDim, kPlain>,
                 attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), maps, p, plan);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import attention_counters
-from benchmarks.attention_counters import CASES, Case
+from benchmarks.attention_counters import CASES, HOPPER_CASES, Case
 from tests.conftest import pick
 
 pytestmark = pytest.mark.emulated
@@ -14,6 +14,19 @@ pytestmark = pytest.mark.emulated
 @pytest.mark.parametrize("case", pick(CASES, [CASES[-2], CASES[-1]]), ids=lambda case: f"{case.name} {case.head_dim}")
 def test_committed_table_is_what_the_program_writes(case):
     assert attention_counters.row(case) in attention_counters.TABLE.read_text().splitlines()
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=lambda case: f"{case.name} {case.head_dim}")
+def test_committed_table_of_the_hopper_kernel(case, emulator):
+    assert attention_counters.hopper_row(case) in attention_counters.TABLE.read_text().splitlines()
+
+
+def test_heads_that_share_tiles_load_less(emulator):
+    """Eight heads of 72 queries fill 4.5 tiles of 128 rows, and 8 of their own."""
+    shared, apart = (Case("", 128, 8, kv_heads, 72) for kv_heads in (1, 8))
+    tile = 2 * 512 * 128 * 2 + 128 * 128 * 2
+    assert attention_counters.hopper_loads(shared) == 5 * tile
+    assert attention_counters.hopper_loads(apart) == 8 * tile
 
 
 def test_hidden_tiles_are_not_multiplied():

@@ -25,6 +25,10 @@ __global__ void exp2_approx_kernel(const char* in, char* out) {
   as<float>(out)[threadIdx.x] = exp2_approx(as<float>(in)[threadIdx.x]);
 }
 
+__global__ void exp2_polynomial_kernel(const char* in, char* out) {
+  for (int i = threadIdx.x; i < 8192; i += 256) as<float>(out)[i] = exp2_polynomial(as<float>(in)[i]);
+}
+
 // ---- mbarrier.cuh
 
 // Warp 0 hands five words of each of its lanes to warp 1, one at a time, through one slot a lane.
@@ -493,6 +497,7 @@ __global__ void __launch_bounds__(384, 1) pipelined_kernel(const char* in, char*
 const conformance::Case kCases[] = {
     {"stmatrix_x4", launch_case<stmatrix_x4_kernel, 32>},
     {"exp2_approx", launch_case<exp2_approx_kernel, 256>},
+    {"exp2_polynomial", launch_case<exp2_polynomial_kernel, 256>},
     {"mbarrier_wait", launch_case<mbarrier_kernel<false>, 64>},
     {"mbarrier_try_wait", launch_case<mbarrier_kernel<true>, 64>},
     {"cluster_rank", kClusterCase<cluster_rank_kernel, 32>},

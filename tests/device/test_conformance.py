@@ -333,6 +333,13 @@ def small_hopper_cases():
     y = np.where(x >= 128, np.inf, y).astype(np.float32)
     yield Case("exp2_approx", x, y, rtol=2.0**-21, of_largest=False)
 
+    # All exponents, and what a softmax lives on; then integers, subnormal results, and what is 0 or stays NaN.
+    special = [0, -0.0, -1e-9, 1e-42, -1, -126, 127, -126.25, -126.499, -126.51, -140, -1e30, -np.inf, np.nan]
+    spread = np.concatenate([np.linspace(-126, 127, 6144), np.linspace(-20, 0, 2048 - len(special))])
+    x = np.concatenate([spread, special]).astype(np.float32)
+    y = np.where(x < -126.5, 0, np.exp2(x.astype(np.float64))).astype(np.float32)
+    yield Case("exp2_polynomial", x, y, rtol=2.0**-22, of_largest=False)
+
     data = words(160).reshape(5, 32)
     yield Case("mbarrier_wait", data, data[:, ::-1].copy())
     yield Case("mbarrier_try_wait", data, data[:, ::-1].copy())

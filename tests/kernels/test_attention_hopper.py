@@ -7,6 +7,7 @@ On the CPU the emulated GPU says that it is one (compute capability 90); other G
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -91,15 +92,34 @@ def check(hopper, tensors, options, *, taken=True):
     )
 
 
-def tiles(lengths, rows, keys, left, right, shift):
-    """Tiles of keys that each tile of queries meets, as the launcher's window asks."""
-    (seqlen_q, seqlen_k), found = lengths, []
-    for first in range(0, seqlen_q, rows):
-        last = min(first + rows, seqlen_q) - 1
-        start = 0 if left < 0 else max(0, first + shift - left)
-        end = seqlen_k if right < 0 else max(0, min(seqlen_k, last + shift + right + 1))
-        found.append(max(0, math.ceil(end / keys) - start // keys) if end > start else 0)
-    return found
+def slopes(heads):
+    """ALiBi's, as the reference takes them."""
+    return 2.0 ** -torch.arange(1.0, heads + 1)
+
+
+def together(heads, queries, rows):
+    """Heads that share tiles, and their places there: tile_heads of csrc/kernels/attention_hopper.h."""
+    group = heads[0] // heads[1]
+    places = 1 << (group - 1).bit_length()
+    tiles = [math.ceil(queries * n / rows) for n in (places, 1)]
+    return (group, places) if 1 < places <= 64 and 10 * tiles[0] <= 9 * group * tiles[1] else (1, 1)
+
+
+def model(heads, lengths, tiling, left=-1, right=-1, shift=0, dim=64):
+    """Products of warpgroups, and bytes loaded, as the launcher's window asks."""
+    (seqlen_q, seqlen_k), (keys, warpgroups) = lengths, tiling
+    rows = 64 * warpgroups
+    group, places = together(heads, seqlen_q, rows)
+    products = loaded = 0
+    for first in range(0, seqlen_q * places, rows):
+        last = min(first + rows, seqlen_q * places) - 1
+        start = 0 if left < 0 else max(0, first // places + shift - left)
+        end = seqlen_k if right < 0 else max(0, min(seqlen_k, last // places + shift + right + 1))
+        if end > start:
+            met = math.ceil(end / keys) - start // keys
+            products += met * warpgroups * (dim // 16 + keys // 16)
+            loaded += (2 * met * keys + rows) * dim * 2
+    return products * heads[0] // group, loaded * heads[0] // group
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -157,14 +177,10 @@ def test_windows(lengths, window, bottom_right, device, hopper):
     tensors, options = arguments(
         lengths, (64, 64), BF16, device, (2, 1), window_left=left, window_right=right, bottom_right=bottom_right
     )
-    keys, warpgroups = TILING[64, True]
     shift = lengths[1] - lengths[0] if bottom_right else 0
-    found = tiles(lengths, 64 * warpgroups, keys, left, right, shift)
-    check(hopper, tensors, options, taken=sum(found) > 0)
-    if hopper.emulator:
-        products, loaded = hopper.counted()
-        assert products == 2 * sum(found) * warpgroups * (64 // 16 + keys // 16)
-        assert loaded == 2 * 64 * 2 * sum(2 * n * keys + (n > 0) * 64 * warpgroups for n in found)
+    wanted = model((2, 1), lengths, TILING[64, True], left, right, shift)
+    check(hopper, tensors, options, taken=wanted[0] > 0)
+    assert not hopper.emulator or hopper.counted() == wanted
 
 
 @pytest.mark.emulated
@@ -172,18 +188,63 @@ def test_windows(lengths, window, bottom_right, device, hopper):
 def test_products_and_bytes_are_the_models(dim, plain, hopper):
     tensors, options = arguments((150, 150), (dim, dim), BF16, "cpu", softcap=0.0 if plain else 5.0)
     hopper.forward(tensors, options)
-    keys, warpgroups = TILING[dim, plain]
-    rows, met = math.ceil(150 / (64 * warpgroups)), math.ceil(150 / keys)
-    products, loaded = hopper.counted()
-    assert products == rows * met * warpgroups * (dim // 16 + keys // 16)
-    assert loaded == rows * (2 * met * keys + 64 * warpgroups) * dim * 2
+    assert hopper.counted() == model((1, 1), (150, 150), TILING[dim, plain], dim=dim)
 
 
-def packed(device, dim=64, **options):
+# Heads, key heads, queries: groups that fill their places and others, one tile and several.
+SHARED = [
+    (8, 1, 9),
+    (3, 1, 30),
+    (6, 2, 33),
+    (5, 1, 100),
+    (64, 1, 2),
+    (48, 1, 12),
+    (16, 1, 100),
+    (12, 4, 70),
+    (2, 1, 64),
+]
+
+
+@pytest.mark.parametrize("sizes", pick(SHARED, [SHARED[2], SHARED[4]]), ids=str)
+@pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
+def test_heads_share_tiles(sizes, features, device, hopper):
+    """Where that makes fewer tiles: keys and values are loaded once for all the heads of a tile."""
+    heads, kv_heads, queries = sizes
+    given = dict(window_left=60, window_right=0, bottom_right=True)
+    if features:
+        given = FEATURES | dict(alibi_slopes=slopes(heads))
+    tensors, options = arguments((queries, 150), (64, 64), BF16, device, (heads, kv_heads), 2, **given)
+    check(hopper, tensors, options)
+    if hopper.emulator:
+        window = () if features else (60, 0, 150 - queries)
+        wanted = model((heads, kv_heads), (queries, 150), TILING[64, not features], *window)
+        assert hopper.counted() == tuple(2 * n for n in wanted)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "plain"), pick(itertools.product([(8, 2), (7, 1)], [64, 128, 256], [True, False]),
+                                    [((8, 2), 64, True), ((7, 1), 256, False)]), ids=str
+)  # fmt: skip
+def test_shared_tiles_change_no_bit(heads, dim, plain, device, hopper):
+    """Beside keys and values of their own for every head, dropout's bits among them."""
+    given = dict(window_left=100, window_right=3)
+    if not plain:
+        mask = torch.randn(1, heads[0], 70, 150, generator=torch.Generator().manual_seed(1)).to(BF16)
+        given |= FEATURES | dict(attn_mask=mask, alibi_slopes=slopes(heads[0]))
+    (query, *others), options = arguments((70, 150), (dim, dim), BF16, device, heads, **given)
+    own = [x.repeat_interleave(heads[0] // heads[1], 1) for x in others]
+    expected = hopper.forward([query, *own], options)
+    before = hopper.counted() if hopper.emulator else None
+    found = hopper.forward([query, *others], options)
+    assert all(map(torch.equal, found, expected))
+    assert not hopper.emulator or hopper.counted()[1] < 0.9 * before[1]
+
+
+def packed(device, dim=64, heads=(2, 2), **options):
     """Three sequences of queries and keys beside an empty one of each; the lengths; and the op's arguments."""
     lengths = [(70, 130), (0, 5), (200, 256), (90, 0), (65, 200)]
     total = [sum(n) for n in zip(*lengths, strict=True)]
-    tensors, given = arguments(total, (dim, dim), BF16, device, (2, 2), **options)
+    tensors, given = arguments(total, (dim, dim), BF16, device, heads, **options)
     starts = [torch.tensor([0, *n]).cumsum(0).int().to(device) for n in zip(*lengths, strict=True)]
     given[2:6] = (*starts, 200, 256)
     return lengths, tensors, given
@@ -191,9 +252,10 @@ def packed(device, dim=64, **options):
 
 @pytest.mark.parametrize("dim", [64, 256])
 @pytest.mark.parametrize("options", [{}, {"window_right": 0, "bottom_right": True}, {"softcap": 3.0}], ids=str)
-def test_packed_sequences(dim, options, device, hopper):
+@pytest.mark.parametrize("heads", pick([(2, 2), (3, 1), (8, 2)], [(2, 2), (4, 1)]), ids=str)
+def test_packed_sequences(dim, options, heads, device, hopper):
     """Each as by itself, to the bit, whatever stands beside it; rows of none are not written."""
-    lengths, tensors, given = packed(device, dim, **options)
+    lengths, tensors, given = packed(device, dim, heads, **options)
     output, lse = hopper.forward(tensors, given)
     start_q = start_k = 0
     for q, k in lengths:
@@ -209,9 +271,10 @@ def test_packed_sequences(dim, options, device, hopper):
         start_q, start_k = start_q + q, start_k + k
 
 
-def test_a_packed_sequence_of_nan_stays_alone(device, hopper):
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1)], ids=str)
+def test_a_packed_sequence_of_nan_stays_alone(heads, device, hopper):
     """Its keys and values lie in the same tiles as the end of the sequence before."""
-    lengths, tensors, given = packed(device)
+    lengths, tensors, given = packed(device, heads=heads)
     clean, _ = hopper.forward(tensors, given)
     bad = slice(lengths[0][1] + lengths[1][1], lengths[0][1] + lengths[1][1] + lengths[2][1])
     tensors[1][:, :, bad], tensors[2][:, :, bad] = torch.nan, torch.nan
@@ -281,6 +344,15 @@ def test_nan_stays_in_its_row(device, hopper):
     assert torch.equal(output, clean)
 
 
+def test_nan_in_a_key_reaches_every_query(device, hopper):
+    """Whichever unit makes its exponential, and though its weight is the only one that is none."""
+    tensors, options = arguments((130, 100), (64, 64), BF16, device, batch=8)
+    for place in range(8):
+        tensors[1][place, :, 16 + place] = torch.nan
+    output, lse = hopper.forward(tensors, options)
+    assert output.isnan().all() and lse.isnan().all()
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.0, -0.3, 30.0])
 def test_scales(scale, device, hopper):
     check(hopper, *arguments((70, 140), (64, 64), F16, device, scale=scale))
@@ -300,8 +372,11 @@ def test_its_lse_serves_the_backward_pass(device, hopper):
 class TestOtherKernel:
     """What goes to the kernel of all architectures instead, with the right result."""
 
-    def test_few_queries(self, device, hopper):
-        check(hopper, *arguments((64, 90), (64, 64), BF16, device), taken=False)
+    @pytest.mark.parametrize("sizes", [(1, 64), (4, 16), (66, 64)], ids=str)
+    def test_few_queries(self, sizes, device, hopper):
+        """At most 64 rows, also of heads that share tiles; more than 64 heads of a key head do not."""
+        heads, queries = sizes
+        check(hopper, *arguments((queries, 20), (64, 64), BF16, device, (heads, 1)), taken=False)
 
     def test_long_keys_for_few_blocks(self, device, hopper):
         hopper.set(multiprocessors=8)
@@ -328,8 +403,8 @@ class TestOtherKernel:
 def test_equal_inputs_give_equal_bits(device, hopper):
     """Under any schedule of the threads."""
     schedules = hopper.emulator.schedules(seeds=2) if hopper.emulator else [{}] * 4
-    for dim, features in ((64, {}), (192, FEATURES)):
-        tensors, options = arguments((270, 200), (dim, dim), BF16, device, (2, 1), window_right=0, **features)
+    for dim, queries, heads, features in ((64, 270, 2, {}), (192, 270, 2, FEATURES), (64, 70, 3, {})):
+        tensors, options = arguments((queries, 200), (dim, dim), BF16, device, (heads, 1), window_right=0, **features)
         results = None
         for schedule in schedules:
             hopper.set(multiprocessors=1, **schedule)
@@ -349,10 +424,19 @@ def test_small(dim, features, device, hopper):
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("dim", [64, 256])
-def test_small_packed_sequences(dim, device, hopper):
+@pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
+def test_small_shared_tiles(features, device, hopper):
+    """Two tiles of rows, of which every fourth place is empty."""
+    hopper.set(multiprocessors=1)
+    given = FEATURES | {"alibi_slopes": slopes(3)} if features else {"window_right": 0}
+    check(hopper, *arguments((40 if features else 60, 70), (64, 64), BF16, device, (3, 1), **given))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize(("dim", "heads"), [(64, 1), (256, 1), (64, 3)])
+def test_small_packed_sequences(dim, heads, device, hopper):
     """Its output in shared memory of its own, or over the queries; a sequence without keys between others."""
     hopper.set(multiprocessors=1)
-    _, tensors, given = packed(device, dim)
-    output, lse = hopper.forward([x[:, :1] for x in tensors], given)
+    _, tensors, given = packed(device, dim, (heads, 1))
+    output, lse = hopper.forward(tensors, given)
     assert output.isfinite().all() and not lse.isnan().any()

@@ -3,18 +3,18 @@
 
 #include <cstring>
 
-// bf16, head_dim 64 without features (one instance compiles fast), tensors of (heads, rows, 64); packed sequences where
-// `sequences` > 0. 0, or an error code whose message lands in `error`.
+// bf16, head_dim 64 without features (one instance compiles fast), tensors of (heads or kv_heads, rows, 64); packed
+// sequences where `sequences` > 0. 0, or an error code whose message lands in `error`.
 extern "C" int run_attention_hopper(const void* query, const void* key, const void* value, void* output, float* lse,
-                                    const int32_t* cu_q, const int32_t* cu_k, int sequences, int heads, int queries,
-                                    int keys, int causal, char* error, int size) {
+                                    const int32_t* cu_q, const int32_t* cu_k, int sequences, int heads, int kv_heads,
+                                    int queries, int keys, int causal, char* error, int size) {
   using namespace bigkern;
   const auto rows = [](const void* data, int count) {
     return AttentionTensor{const_cast<void*>(data), 0, int64_t{64} * count, 64};
   };
   AttentionForwardParams p{};
   p.batch = sequences > 0 ? sequences : 1;
-  p.heads = p.kv_heads = heads;
+  p.heads = heads, p.kv_heads = kv_heads;
   p.seqlen_q = p.total_q = queries;
   p.seqlen_k = p.total_k = keys;
   p.head_dim = p.value_dim = 64;

@@ -35,6 +35,7 @@ RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
 RNN_CELLS, RNN_PRODUCT = "csrc/kernels/rnn_cells.cuh", "csrc/kernels/rnn_product.cuh"
 ATTENTION = "csrc/kernels/attention.cuh"
 ATTENTION_SCORES = "csrc/kernels/attention_scores.cuh"
+HOPPER_DEVICE = "csrc/device/hopper.cuh"
 ATTENTION_HOPPER = "csrc/kernels/attention_hopper.cuh"
 ATTENTION_HOPPER_FORWARD = "csrc/kernels/attention_hopper_forward.cuh"
 DECODE = "csrc/kernels/attention_decode.cuh"
@@ -735,6 +736,38 @@ BUGS = [
         ATTENTION_HOPPER,
         "wgmma_descriptor(b, kDepth * kPanelRowBytes, kAtomBytes, 128)",
         "wgmma_descriptor(b, kDepth * kPanelRowBytes, kAtomBytes / 2, 128)",
+        "plain",
+    ),
+    Bug(
+        "statistics and rows of an empty place stored as the last head's",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "return row < rows() && (row & ((1 << together.shift) - 1)) < together.heads;",
+        "return row < rows();",
+        "plain",
+    ),
+    Bug(
+        "causal limit by the row of a shared tile, not by its query",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "const int query = work.query(row + 8 * half);",
+        "const int query = row + 8 * half;",
+        "plain",
+    ),
+    Bug(
+        "stride between key heads' queries wrong in the tensor map",
+        "attention_hopper",
+        ATTENTION_HOPPER_FORWARD,
+        "map_stride<T>(x.head_stride * together.heads, others)",
+        "map_stride<T>(x.head_stride, others)",
+        "plain",
+    ),
+    Bug(
+        "exponent of a hidden score, minus infinity, not bounded",
+        "attention_hopper",
+        HOPPER_DEVICE,
+        "  x = x < -127.0f ? -127.0f : x;\n",
+        "",
         "plain",
     ),
     Bug(

@@ -451,22 +451,34 @@ def attention_hopper_backward(library: ctypes.CDLL) -> str | None:
 
 
 def attention_hopper(library: ctypes.CDLL) -> str | None:
-    """Several tiles of queries and keys; packed sequences, the last of which is NaN and must stay alone."""
-    heads, dim = 2, 64
-    whole, packed = ([0, 200], [0, 300]), ([0, 70, 70, 300, 310], [0, 130, 150, 420, 440])
-    for cu_q, cu_k in (whole, packed):
-        queries, keys, causal = cu_q[-1], cu_k[-1], cu_q is packed[0]
+    """Several tiles of queries and keys; packed sequences, the last of which is NaN and must stay alone; the same where
+    three heads share tiles with an empty fourth place.
+    """
+    dim, cases = (
+        64,
+        (
+            ([0, 200], [0, 300], 2, 2),
+            ([0, 70, 70, 300, 310], [0, 130, 150, 420, 440], 2, 2),
+            ([0, 30], [0, 40], 6, 2),
+            ([0, 20, 20, 70, 72], [0, 30, 40, 90, 95], 3, 1),
+        ),
+    )
+    for cu_q, cu_k, heads, kv_heads in cases:
+        queries, keys, causal = cu_q[-1], cu_k[-1], len(cu_q) > 2
         rng = np.random.default_rng(queries)
-        bits = [bf16(rng.standard_normal((heads, n, dim)).astype(np.float32)) for n in (queries, keys, keys)]
+        sizes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
+        bits = [bf16(rng.standard_normal((*size, dim)).astype(np.float32)) for size in sizes]
         q, k, v = ((x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in bits)
+        k, v = (np.repeat(x, heads // kv_heads, 0) for x in (k, v))
         ends = len(cu_q) - 2 if causal else len(cu_q) - 1
         if causal:
             bits[2][:, cu_k[-2] :] = 0x7FC0  # NaN
         output = np.full((heads, queries, dim), 0x7FC0, np.uint16)
         lse = np.full((heads, queries), np.nan, np.float32)
         starts = [np.array(x, np.int32) for x in (cu_q, cu_k)]
-        sizes = [ctypes.c_int(x) for x in (len(cu_q) - 1 if causal else 0, heads, queries, keys, causal)]
-        failure = call(library.run_attention_hopper, *map(pointer, (*bits, output, lse, *starts)), *sizes)
+        numbers = (len(cu_q) - 1 if causal else 0, heads, kv_heads, queries, keys, causal)
+        places = map(pointer, (*bits, output, lse, *starts))
+        failure = call(library.run_attention_hopper, *places, *map(ctypes.c_int, numbers))
         found = (output.astype(np.uint32) << 16).view(np.float32)
         for i in range(ends):
             rows, cols = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
@@ -479,7 +491,12 @@ def attention_hopper(library: ctypes.CDLL) -> str | None:
                 scores = np.where(hidden, -np.inf, scores)
             weights = np.exp(scores - scores.max(2, keepdims=True))
             wanted = weights @ v[:, cols] / weights.sum(2, keepdims=True)
-            failure = failure or compare(f"output of sequence {i}", found[:, rows], wanted, 2e-2)
+            sums = np.log(weights.sum(2)) + scores.max(2)
+            failure = (
+                failure
+                or compare(f"output of sequence {i}", found[:, rows], wanted, 2e-2)
+                or compare(f"lse of sequence {i}", lse[:, rows], sums, 1e-5)
+            )
         if failure:
             return failure
     return None
