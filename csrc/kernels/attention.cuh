@@ -1076,10 +1076,10 @@ int launch_backward(const AttentionBackwardParams& p, Stream stream, const Atten
 template <class T>
 int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
   BackwardPlan plan{};
-  plan.key_tiles = ceil_div(p.seqlen_k, kHopperBackwardKeys);
+  const int dim = hopper_backward_dim(p);
+  plan.key_tiles = ceil_div(p.seqlen_k, hopper_backward_keys(dim));
   plan.copies = backward_copies(p, plan.key_tiles, 1);
   plan.lse_factor = is_plain(p) ? kLog2e : 1.0f;
-  const int dim = hopper_backward_dim(p);
   const QuerySums lie{kHopperBackwardQueries, dim, dim / 2, 32, 4};
   const auto launch_tiles = [&](const BackwardPlan& ready, int64_t) {
     const float* statistics = reinterpret_cast<const float*>(ready.statistics);
@@ -1103,10 +1103,9 @@ inline bool hopper_forward_serves(const AttentionForwardParams& p) {
          can_map(p.value, of_keys) && can_map(p.output, of_queries);
 }
 
-// The same of the backward kernel, which has registers for the gradients of keys up to 128 columns wide, and none for
-// the slopes'.
+// The same of the backward kernel, which has no registers for the slopes' gradient.
 inline bool hopper_backward_serves(const AttentionBackwardParams& p) {
-  if (compute_capability() != 90 || p.head_dim > 128 || p.value_dim > 128 || p.grad_slopes != nullptr) return false;
+  if (compute_capability() != 90 || p.grad_slopes != nullptr) return false;
   const TensorCounts of_queries(p, true), of_keys(p, false);
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) &&
          can_map(p.grad_output, of_queries) && can_map(p.key, of_keys) && can_map(p.value, of_keys) &&

@@ -17,7 +17,7 @@ from tests.conftest import pick
 from tests.kernels.test_attention import BF16, F16, FEATURES, OPTIONS, arguments, check
 from tests.ops.attention_cases import Case, pairwise
 
-KEYS, QUERIES = 128, 64
+KEYS, QUERIES = 128, 64  # KEYS of up to 128 columns; half of them beyond
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +52,19 @@ def reachable(x):
 
 
 def products(grad_output, grad_lse, query, key, value, output, lse, *options):
-    """Of all warpgroups: S^T, dP^T, dV, dK and dQ of each tile that holds a query which sees a key, and S^T once more a
-    tile of keys, which is issued for the queries after the last."""
+    """Of all warpgroups: S^T, dP^T, dV, dK and dQ of each tile that holds a query which sees a key, and S^T, beyond 128
+    columns dP^T too, once more a tile of keys, which is issued for the queries after the last."""
     given = dict(zip(OPTIONS, options, strict=False))
     need_grad_slopes = options[len(OPTIONS) + 1]
     if need_grad_slopes or not all(map(reachable, (query, key, value, grad_output))):
         return 0
-    dim = 64 if max(query.shape[3], value.shape[3]) <= 64 else 128
+    panels = -(-max(query.shape[3], value.shape[3]) // 64)
+    dim, wide = 64 * panels, panels > 2
+    tile_keys = KEYS // 2 if wide else KEYS
+    if wide:  # a warpgroup has one of dV and dK; dQ's half of three panels is two products
+        step, more = 2 * dim // 16 + QUERIES // 16 + (1 + panels % 2) * tile_keys // 16, 2 * dim // 16
+    else:
+        step, more = 2 * dim // 16 + 2 * QUERIES // 16 + tile_keys // 16, dim // 16
     sequences = [(query.shape[2], key.shape[2])] * query.shape[0]
     if given["cu_seqlens_q"] is not None:
         sequences = list(zip(given["cu_seqlens_q"].diff().tolist(), given["cu_seqlens_k"].diff().tolist(), strict=True))
@@ -66,23 +72,24 @@ def products(grad_output, grad_lse, query, key, value, output, lse, *options):
     total = 0
     for queries, keys in sequences:
         shift = keys - queries if given["bottom_right"] else 0
-        for first in range(0, keys, KEYS):
-            last = min(first + KEYS, keys) - 1
+        for first in range(0, keys, tile_keys):
+            last = min(first + tile_keys, keys) - 1
             low = 0 if right < 0 else max(0, first - shift - right)
             high = queries - 1 if left < 0 else min(queries - 1, last - shift + left)
             if low > high:
                 continue
             tiles = (high // QUERIES - low // QUERIES + 1) * (query.shape[1] // key.shape[1])
-            total += 2 * key.shape[1] * (tiles * (2 * dim // 16 + 2 * QUERIES // 16 + KEYS // 16) + dim // 16)
+            total += 2 * key.shape[1] * (tiles * step + more)
     return total
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
 def test_every_instance(dtype, dim, features, device):
     """Two tiles of keys and three of queries, the last ones ragged, of two heads."""
-    tensors, options = arguments((150, 200), (dim, dim), dtype, device, (2, 1), **(FEATURES if features else {}))
+    keys = 200 if dim <= 128 else 100
+    tensors, options = arguments((150, keys), (dim, dim), dtype, device, (2, 1), **(FEATURES if features else {}))
     check(tensors, options, deterministic=dtype == F16)
 
 

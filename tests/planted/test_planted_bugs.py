@@ -59,6 +59,7 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
         "attention",
         "attention_hopper",
         "attention_hopper_backward",
+        "attention_hopper_backward_wide",
         "attention_decode",
     ],
 )
