@@ -636,11 +636,13 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
     set_max_registers_inc<Tile::kRegisters>();
     HopperBackwardConsumer<T, kDim, kPlain> consumer{p, shared, sequence, Tile::kShareKeys ? shared.work->b : b,
                                                      Tile::kShareKeys ? shared.work->kv_head : kv_head};
+    uint32_t turn = 0;
 #pragma unroll 1
-    for (int key0 = copy * Tile::kKeys; key0 < sequence.keys; key0 += plan.copies * Tile::kKeys) {
+    for (int key0 = copy * Tile::kKeys; key0 < sequence.keys; key0 += plan.copies * Tile::kKeys, turn ^= 1) {
       const HopperBackwardSteps<Tile::kKeys> steps(p, sequence, key0);
-      // The turn is not worth a register.
-      consumer.await_keys(steps, static_cast<uint32_t>(key0) / (plan.copies * Tile::kKeys) % 2);
+      // Where keys are shared, there is no register to count turns.
+      const uint32_t key_turn = Tile::kShareKeys ? key0 / (plan.copies * Tile::kKeys) % 2 : turn;
+      consumer.await_keys(steps, key_turn);
       if constexpr (Tile::kShareKeys) {
         consumer.share_keys(steps, key0);
       } else {

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-// The tiles' columns. A trial builds the instances that it calls.
+// The tiles' columns; see VARIANTS in test_planted_bugs.py.
 #ifndef BK_TILE_COLS
 #define BK_TILE_COLS 64
 #endif

@@ -14,7 +14,7 @@ SCHEDULES = ["forward:1", "reverse:1", "random:1", "random:2", "priority:1", "pr
 class Bug(NamedTuple):
     name: str
     kernel: str
-    """tests/planted/<kernel>.cu and the function of that name in trial.py run it."""
+    """tests/planted/<kernel>.cu, or a variant of another's, and the function of that name in trial.py run it."""
     file: str
     old: str
     new: str
