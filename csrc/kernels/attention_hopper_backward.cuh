@@ -34,8 +34,8 @@
 // infinite, would meet weights of 0; all threads zero them before the products read them.
 //
 // Instances: for each of bf16 and fp16, head_dim up to 64, 128, 192 and 256, one with windows alone and one with every
-// feature at run time, which up to 128 waits for dP^T before it weighs the scores, four accumulator tiles at a time.
-// value_dim is padded with head_dim to the larger one, by zeros that TMA fills in.
+// feature at run time, which up to 128 waits for dP^T before it weighs the scores, two or four accumulator tiles at a
+// time. value_dim is padded with head_dim to the larger one, by zeros that TMA fills in.
 //
 // Registers: kernels start with 168 a thread. Up to 128 columns the loading warpgroup gives up all but 24, and the
 // others go to 240; a thread holds head_dim/2 of each of dK and dV, 32 of S or dP each, 16 of P and dS as operands
@@ -45,11 +45,11 @@
 // Cycles of one tile of rows, by unit, of one multiprocessor (4,096 FLOP of wgmma, 16 exp2, 128 bytes of shared memory
 // a cycle), and the bytes that pass between it and L2:
 //
-//     head_dim   wgmma   exp2   shared memory                             L2 bytes a cycle   shared memory of a block
-//           64    1280    512   1664 (208 KB: operands 144, dS and dQ 48)        20                  146 KB
-//          128    2560    512   2944 (368 KB: operands 256, dS and dQ 80)        22                  193 KB
-//          192    1920    256   3008 (376 KB: operands 264, dS and P 16, dQ 48)  33                  177 KB
-//          256    2560    256   3712 (464 KB: operands 320, dS and P 16, dQ 64)  35                  225 KB
+//     head_dim   wgmma   exp2   shared memory                                   L2 bytes a cycle   of a block
+//           64    1280    512   1664 (208 KB: operands 144, dS and dQ 48)              20            146 KB
+//          128    2560    512   2944 (368 KB: operands 256, dS and dQ 80)              22            193 KB
+//          192    1920    256   3008 (376 KB: operands 264, dS and P 16, dQ 48)        33            177 KB
+//          256    2560    256   3712 (464 KB: operands 320, dS and P 16, dQ 64)        35            225 KB
 //
 // (TMA's writes are in the sum. dQ beyond 128 columns goes from registers to L2, but by the same wires.) So shared
 // memory binds: 77, 87, 64 and 69 % of wgmma's rate at best, before the barrier and what is exposed. Without staging
@@ -111,7 +111,7 @@ struct HopperBackwardTile {
   static constexpr bool kShareKeys = kKeys == 64;
   static constexpr int kLoaderRegisters = kShareKeys ? 40 : 24, kRegisters = kShareKeys ? 232 : 240;
 
-  static constexpr int kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers), kWarps = 4 * kConsumers;
+  static constexpr int kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers), kWarps = kHopperBackwardWarps;
   static constexpr int kKeyBytes = kTileBytes<kKeys, kDim>, kQueryBytes = kTileBytes<kQueries, kDim>;
   // Of dS, and of P where the other warpgroup wants it.
   static constexpr int kScoreBytes = kTileBytes<kKeys, kQueries>, kStageScoreBytes = (1 + kShareKeys) * kScoreBytes;
@@ -264,14 +264,14 @@ __device__ __forceinline__ void load_backward_tiles(const HopperBackwardMaps& ma
   }
 }
 
-// With features: the scores of 4 accumulator tiles from kFirst on to the dropped weights, and dP to dS by scale q . k.
-// The derivatives of all 8 at once would not fit the registers.
-template <class T, int kFirst, int kCount, class Hide>
-__device__ __forceinline__ void weigh_scores(const AttentionBackwardParams& p, const Sequence& sequence, int b,
-                                             int head, int query0, int key0, const RowPair* statistics, uint32_t kept,
-                                             bool cut, Hide hide, float (&all_scores)[kCount],
-                                             float (&all_grads)[kCount]) {
-  constexpr int kTiles = 4;
+// With features: the scores of kTiles accumulator tiles from kFirst on to the dropped weights, and dP to dS by scale
+// q . k. The derivatives of all at once would not fit the registers. Returns what the thread adds to the negative
+// gradient of the head's slope, where it is wanted.
+template <class T, int kFirst, int kTiles, int kCount, class Hide>
+__device__ __forceinline__ float weigh_scores(const AttentionBackwardParams& p, const Sequence& sequence, int b,
+                                              int head, int query0, int key0, const RowPair* statistics, uint32_t kept,
+                                              bool cut, Hide hide, float (&all_scores)[kCount],
+                                              float (&all_grads)[kCount]) {
   auto& scores = tiles_of<kFirst, kTiles>(all_scores);
   auto& grads = tiles_of<kFirst, kTiles>(all_grads);
   const int lane = threadIdx.x % 32;
@@ -297,9 +297,25 @@ __device__ __forceinline__ void weigh_scores(const AttentionBackwardParams& p, c
       const float grad = weight * ((keep ? grads[i][e] * p.dropout_scale : 0.0f) - row.y);
       scores[i][e] = keep ? weight : 0.0f;
       store_mask_gradient<T>(p, sequence, b, head, query_of(i, e), key_of(i, e), grad);
-      grads[i][e] = grad * derivative[i][e];
+      grads[i][e] = grad;
     }
   }
+  float slope_part = 0.0f;
+  if (p.grad_slopes != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        slope_part += grads[i][e] * fabsf(static_cast<float>(query_of(i, e) + sequence.shift - key_of(i, e)));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) grads[i][e] *= derivative[i][e];
+  }
+  return slope_part;
 }
 
 // One of the two warpgroups that multiply. Its scores are those of 64 keys: of its own and all queries of a tile, or,
@@ -313,6 +329,7 @@ struct HopperBackwardConsumer {
   static constexpr int kAll = 1, kAllThreads = Tile::kConsumers * kWarpgroup;  // the named barrier of both
 
   const AttentionBackwardParams& p;
+  const HopperBackwardPlan& plan;
   const HopperBackwardShared<kDim>& shared;
   const Sequence& sequence;
   const int &b, &kv_head;
@@ -375,16 +392,28 @@ struct HopperBackwardConsumer {
   }
 
   // With features, the scores to weights and dP to dS.
+  static constexpr int kTilesAtOnce = kDim == 128 ? 2 : 4;
   __device__ __forceinline__ void weigh(int key0, int query0, int head, const RowPair* statistics, uint32_t kept,
                                         float (&scores)[kScores], float (&grads)[kScores]) const {
     const bool cut = is_cut(key0, query0);
+    float slope_part = 0.0f;
     const auto some = [&](auto first) {
-      weigh_scores<T, decltype(first)::value>(
+      slope_part += weigh_scores<T, decltype(first)::value * kTilesAtOnce, kTilesAtOnce>(
           p, sequence, b, head, query0, key0 + warp_key, statistics, kept, cut,
           [&](int i, float score) { return hide(key0, query0, i, score); }, scores, grads);
     };
     some(std::integral_constant<int, 0>{});
-    if constexpr (!Tile::kShareKeys) some(std::integral_constant<int, 4>{});
+    if constexpr (kScores / 4 > kTilesAtOnce) some(std::integral_constant<int, 1>{});
+    if constexpr (kScores / 4 > 2 * kTilesAtOnce) {
+      some(std::integral_constant<int, 2>{});
+      some(std::integral_constant<int, 3>{});
+    }
+    if (p.grad_slopes != nullptr) {
+      slope_part = warp_sum(slope_part);
+      // This warp's alone, tile of rows after tile of rows.
+      const int64_t place = (int64_t{b} * p.heads + head) * plan.key_tiles + key0 / kKeys;
+      if (lane == 0) plan.slope_parts[place * Tile::kWarps + warp] += slope_part;
+    }
   }
   __device__ __forceinline__ uint32_t kept(int key0, int query0, int head) const {
     const int64_t row = (int64_t{b} * p.heads + head) * p.seqlen_q + query0;
@@ -634,7 +663,11 @@ __global__ void __launch_bounds__(HopperBackwardTile<kDim>::kThreads, 1)
       return;
     }
     set_max_registers_inc<Tile::kRegisters>();
-    HopperBackwardConsumer<T, kDim, kPlain> consumer{p, shared, sequence, Tile::kShareKeys ? shared.work->b : b,
+    HopperBackwardConsumer<T, kDim, kPlain> consumer{p,
+                                                     plan,
+                                                     shared,
+                                                     sequence,
+                                                     Tile::kShareKeys ? shared.work->b : b,
                                                      Tile::kShareKeys ? shared.work->kv_head : kv_head};
     uint32_t turn = 0;
 #pragma unroll 1

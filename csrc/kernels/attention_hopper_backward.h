@@ -11,13 +11,15 @@ constexpr int hopper_backward_keys(int dim) {
   return dim <= 128 ? 128 : 64;
 }
 constexpr int kHopperBackwardQueries = 64;
+constexpr int kHopperBackwardWarps = 8;  // that multiply
 
 // As BackwardPlan of attention.cuh: `copies` blocks share a head's keys, each turn about, and their sums of grad_query
 // lie behind each other when deterministic. A tile's sums: warp, four elements of an accumulator, lane, element.
 struct HopperBackwardPlan {
-  int query_tiles, copies;
+  int query_tiles, key_tiles, copies;
   const float* statistics;  // lse (in powers of two for the plain kernel) and delta of every row
   float* sums;
+  float* slope_parts;  // of each sequence and head: tile of keys, of kHopperBackwardWarps warps
 };
 
 // Columns of the tiles: head_dim and value_dim padded to 64, 128, 192 or 256.

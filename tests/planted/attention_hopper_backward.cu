@@ -47,7 +47,8 @@ extern "C" int run_attention_hopper_backward(const void* query, const void* key,
   p.grad_value = rows(grad_value, keys);
   p.deterministic = true;
   const int query_tiles = ceil_div(longest_q, attention::kHopperBackwardQueries);
-  const attention::HopperBackwardPlan plan{query_tiles, copies, statistics, sums};
+  const int key_tiles = ceil_div(longest_k, attention::hopper_backward_keys(BK_TILE_COLS));
+  const attention::HopperBackwardPlan plan{query_tiles, key_tiles, copies, statistics, sums, nullptr};
   const int code = dropout_p > 0 ? attention::launch_hopper_tiles<__nv_bfloat16, BK_TILE_COLS, false>(p, plan, nullptr)
                                  : attention::launch_hopper_tiles<__nv_bfloat16, BK_TILE_COLS, true>(p, plan, nullptr);
   if (code != 0) std::strncpy(error, error_string(code), size - 1);
