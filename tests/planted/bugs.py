@@ -657,6 +657,14 @@ BUGS = [
         "race",
     ),
     Bug(
+        "the second warpgroup's rows taken for the first one's",
+        "attention_hopper_backward_wide",
+        HOPPER_BACKWARD,
+        "const int query0 = step.query0 + group_query;",
+        "const int query0 = step.query0;",
+        "plain",
+    ),
+    Bug(
         "the second half panel's sums where the first one's are",
         "attention_hopper_backward_wide",
         HOPPER_BACKWARD,

@@ -401,8 +401,10 @@ def attention_hopper_backward(library: ctypes.CDLL) -> str | None:
 
 
 def attention_hopper_backward_wide(library: ctypes.CDLL) -> str | None:
-    """Two tiles of keys and three of queries, where each warpgroup has one gradient and half of the scores."""
-    return hopper_gradients(library, 192, (([(130, 100)], True, 0.0),))
+    """Each warpgroup has one gradient and half of the scores: two tiles of keys and three of queries; packed sequences
+    with dropout.
+    """
+    return hopper_gradients(library, 192, (([(130, 100)], True, 0.0), ([(70, 80), (9, 20)], False, 0.25)))
 
 
 def hopper_gradients(library: ctypes.CDLL, dim: int, cases: tuple) -> str | None:
