@@ -102,7 +102,7 @@ static_plan = [
             shared_bytes=shared,
             requires={"sm_90a": "HGMMA UTMALDG"},
         )
-        for dim, shared in ((64, 149192), (128, 197808))
+        for dim, shared in ((64, 149220), (128, 197836), (192, 181452), (256, 230604))
     ),
     KernelPlan(r"^attention::attention_combine_kernel<", 128, 64),
     KernelPlan(r"^attention::attention_backward_rows_kernel<", 128, 64),
@@ -118,22 +118,29 @@ _HOPPER_TILINGS = {
     192: ("{96, 2, 0}", "{64, 2, 0}"),
     256: ("{80, 2, 0}", "{64, 2, 0}"),
 }
+# Stages of rows, and whether threads add grad_query's sums themselves.
+_HOPPER_BACKWARD_TILINGS = {
+    64: ("{3, false}", "{3, true}", "{2, false}"),
+    128: ("{2, false}", "{2, true}", "{3, true}"),
+    192: ("{2, true}", "{2, false}"),
+}
 tunables = [
     Tunable(
-        f"attention forward on Hopper, head_dim {dim}",
-        "csrc/kernels/attention_hopper_forward.cuh",
-        f"constexpr HopperForwardTiling kHopperForward{dim} =",
+        f"attention {direction} on Hopper, head_dim {dim}",
+        f"csrc/kernels/attention_hopper_{direction}.cuh",
+        f"constexpr Hopper{direction.title()}Tiling kHopper{direction.title()}{dim} =",
         tilings,
         (9, 0),
         (
-            *("attention", "--function", "attention", "attention_causal", "--dtype", "bf16", "--direction", "forward"),
+            *("attention", "--function", "attention", "attention_causal", "--dtype", "bf16", "--direction", direction),
             *(
                 "--shape",
                 *(f"{batch}x{2048 // dim}x{2048 // dim}x{n}x{n}x{dim}" for batch, n in ((8, 2048), (1, 16384))),
             ),
         ),
     )
-    for dim, tilings in _HOPPER_TILINGS.items()
+    for direction, of_dim in (("forward", _HOPPER_TILINGS), ("backward", _HOPPER_BACKWARD_TILINGS))
+    for dim, tilings in of_dim.items()
 ]
 
 

@@ -88,6 +88,28 @@ BK_UNINSTRUMENTED void ordered_store(const char* operation, T* p, T value, bool 
 
 }  // namespace bigkern::emulator
 
+namespace bigkern {
+
+// See device/cuda/tma.cuh.
+BK_UNINSTRUMENTED inline void reduce_add(float* dst, const float (&values)[4], BK_WHERE) {
+  using namespace emulator;
+  RuntimeScope scope;
+  check_atomic(dst, sizeof(values), "reduce_add", where);
+  record_access(current, dst, sizeof(values), Access::kAtomic, Proxy::kGeneric, where);
+  relaxed_update(current, dst);
+  for (int i = 0; i < 4; i++) {
+    float old, next;
+    __atomic_load(dst + i, &old, __ATOMIC_SEQ_CST);
+    do {
+      next = old + values[i];
+    } while (!__atomic_compare_exchange(dst + i, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  }
+  note_progress();
+  spin_point("reduce_add", where);
+}
+
+}  // namespace bigkern
+
 // T* and the value may differ in type, as CUDA's overloads allow (atomicAdd(float*, 1)).
 template <class T>
 T atomicAdd(T* p, std::common_type_t<T> value, BK_WHERE) {

@@ -1045,6 +1045,20 @@ int launch_backward_passes(const AttentionBackwardParams& p, BackwardPlan plan, 
   return launch(attention_backward_queries_kernel<T>, attention_grid(query_blocks, 256, 0, stream), p, plan, lie);
 }
 
+// The parts of the slopes' gradients that a pass leaves, so many of each sequence and head; null where none are wanted.
+inline float* allocate_slope_parts(const AttentionBackwardParams& p, int parts, const AttentionAllocate& allocate) {
+  if (p.grad_slopes == nullptr) return nullptr;
+  return static_cast<float*>(allocate(int64_t{p.batch} * p.heads * parts * sizeof(float), true));
+}
+
+template <class T>
+int launch_slopes(const AttentionBackwardParams& p, const BackwardPlan& plan, int parts, Stream stream) {
+  if (p.grad_slopes == nullptr) return 0;
+  const int64_t slopes = (p.slopes_batch_stride != 0 ? int64_t{p.batch} : 1) * p.heads;
+  return launch(attention_backward_slopes_kernel<T>, attention_grid(ceil_div<int64_t>(slopes, 4), 128, 0, stream), p,
+                plan, parts);
+}
+
 template <class T, int kDim, bool kPlain>
 int launch_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
   using Tile = BackwardTile<T, kDim, kPlain>;
@@ -1059,31 +1073,30 @@ int launch_backward(const AttentionBackwardParams& p, Stream stream, const Atten
   plan.vector_dk = moves_in_vectors<T>(p.grad_key, p.head_dim);
   plan.vector_dv = moves_in_vectors<T>(p.grad_value, p.value_dim);
   const int slope_parts = plan.key_tiles * Tile::kKeyWarps;
-  if (p.grad_slopes != nullptr) {
-    plan.slope_parts = static_cast<float*>(allocate(int64_t{p.batch} * p.heads * slope_parts * sizeof(float), true));
-  }
+  plan.slope_parts = allocate_slope_parts(p, slope_parts, allocate);
   const QuerySums lie{Tile::kQueries, kDim, Tile::kQueryCols, Tile::kThreads, 1};
   return launch_backward_passes<T>(p, plan, lie, stream, allocate, [&](const BackwardPlan& ready, int64_t blocks) {
     const int error = launch(attention_backward_kernel<T, kDim, kPlain>,
                              attention_grid(blocks, Tile::kThreads, Tile::kBytes, stream), p, ready);
-    if (error || p.grad_slopes == nullptr) return error;
-    const int64_t slopes = (p.slopes_batch_stride != 0 ? int64_t{p.batch} : 1) * p.heads;
-    return launch(attention_backward_slopes_kernel<T>, attention_grid(ceil_div<int64_t>(slopes, 4), 128, 0, stream), p,
-                  ready, slope_parts);
+    return error ? error : launch_slopes<T>(p, ready, slope_parts, stream);
   });
 }
 
 template <class T>
 int launch_hopper_backward(const AttentionBackwardParams& p, Stream stream, const AttentionAllocate& allocate) {
   BackwardPlan plan{};
-  plan.key_tiles = ceil_div(p.seqlen_k, kHopperBackwardKeys);
+  const int dim = hopper_backward_dim(p);
+  plan.key_tiles = ceil_div(p.seqlen_k, hopper_backward_keys(dim));
   plan.copies = backward_copies(p, plan.key_tiles, 1);
   plan.lse_factor = is_plain(p) ? kLog2e : 1.0f;
-  const int dim = hopper_backward_dim(p);
+  const int slope_parts = plan.key_tiles * kHopperBackwardWarps;
+  plan.slope_parts = allocate_slope_parts(p, slope_parts, allocate);
   const QuerySums lie{kHopperBackwardQueries, dim, dim / 2, 32, 4};
   const auto launch_tiles = [&](const BackwardPlan& ready, int64_t) {
     const float* statistics = reinterpret_cast<const float*>(ready.statistics);
-    return hopper_backward<T>(p, {ready.query_tiles, ready.copies, statistics, ready.sums}, stream);
+    const int error = hopper_backward<T>(
+        p, {ready.query_tiles, ready.key_tiles, ready.copies, statistics, ready.sums, ready.slope_parts}, stream);
+    return error ? error : launch_slopes<T>(p, ready, slope_parts, stream);
   };
   return launch_backward_passes<T>(p, plan, lie, stream, allocate, launch_tiles);
 }
@@ -1106,10 +1119,9 @@ inline bool hopper_forward_serves(const AttentionForwardParams& p) {
          can_map(p.value, of_keys) && can_map(p.output, of_queries);
 }
 
-// The same of the backward kernel, which has registers for the gradients of keys up to 128 columns wide, and none for
-// the slopes'.
+// The same of the backward kernel.
 inline bool hopper_backward_serves(const AttentionBackwardParams& p) {
-  if (compute_capability() != 90 || p.head_dim > 128 || p.value_dim > 128 || p.grad_slopes != nullptr) return false;
+  if (compute_capability() != 90) return false;
   const TensorCounts of_queries(p, true), of_keys(p, false);
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && can_map(p.query, of_queries) &&
          can_map(p.grad_output, of_queries) && can_map(p.key, of_keys) && can_map(p.value, of_keys) &&

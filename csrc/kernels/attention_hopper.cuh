@@ -81,16 +81,16 @@ __device__ __forceinline__ char* panel_chunk(void* tile, int row, int col) {
 }
 
 // Issues scores = a b^T over kDim columns. `a` is the first of 64 rows (a multiple of 64) of a tile of kRowsA rows, `b`
-// a tile of kRowsB rows.
-template <class T, int kDim, int kRowsA, int kRowsB>
-__device__ __forceinline__ void multiply_rows(float (&scores)[kRowsB / 2], const void* a, const void* b) {
+// the first of kRows rows (a multiple of 8) of a tile of kRowsB rows.
+template <class T, int kDim, int kRowsA, int kRowsB, int kRows = kRowsB>
+__device__ __forceinline__ void multiply_rows(float (&scores)[kRows / 2], const void* a, const void* b) {
   const uint64_t left = wgmma_descriptor(a, 0, kAtomBytes, 128), right = wgmma_descriptor(b, 0, kAtomBytes, 128);
 #pragma unroll
   for (int k = 0; k < kDim; k += 16) {
     const int panel = k / kPanelCols, bytes = k % kPanelCols * 2;
     // A descriptor counts 16 bytes.
-    wgmma_ss<T, kRowsB>(scores, left + (panel * kRowsA * kPanelRowBytes + bytes) / 16,
-                        right + (panel * kRowsB * kPanelRowBytes + bytes) / 16, k > 0);
+    wgmma_ss<T, kRows>(scores, left + (panel * kRowsA * kPanelRowBytes + bytes) / 16,
+                       right + (panel * kRowsB * kPanelRowBytes + bytes) / 16, k > 0);
   }
 }
 

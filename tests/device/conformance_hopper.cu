@@ -236,6 +236,11 @@ __global__ void bulk_reduce_add_kernel(const char* in, char* out) {
   }
 }
 
+__global__ void reduce_add_kernel(const char* in, char* out) {
+  const float* from = as<float>(in) + 4 * threadIdx.x;
+  reduce_add(as<float>(out) + 4 * threadIdx.x, {from[0], from[1], from[2], from[3]});
+}
+
 // What test_conformance.py puts in front of the data.
 struct TmaParameters {
   int element;  // 0 float, 1 f16, 2 bf16
@@ -515,6 +520,7 @@ const conformance::Case kCases[] = {
     {"bulk_load", launch_case<bulk_load_kernel<false>, 64, 1, kBulkBytes + 16>},
     {"bulk_load_try_wait", launch_case<bulk_load_kernel<true>, 64, 1, kBulkBytes + 16>},
     {"bulk_store", launch_case<bulk_store_kernel, 64, 1, kBulkBytes>},
+    {"reduce_add", launch_case<reduce_add_kernel, 64>},
     {"bulk_reduce_add_float", launch_case<bulk_reduce_add_kernel<float>, 64, 1, kBulkBytes>},
     {"bulk_reduce_add_f16", launch_case<bulk_reduce_add_kernel<__half>, 64, 1, kBulkBytes>},
     {"bulk_reduce_add_bf16", launch_case<bulk_reduce_add_kernel<__nv_bfloat16>, 64, 1, kBulkBytes>},

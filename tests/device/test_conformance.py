@@ -351,6 +351,8 @@ def small_hopper_cases():
     for kind, dtype in (("float", np.float32), ("f16", np.float16)):
         old, new = (floats(1024 // np.dtype(dtype).itemsize).astype(dtype) for _ in range(2))
         yield Case(f"bulk_reduce_add_{kind}", new, old + new, out=old)
+    old, new = floats(256), floats(256)
+    yield Case("reduce_add", new, old + new, out=old)
     old, new = to_bf16(floats(512)), to_bf16(floats(512))
     yield Case("bulk_reduce_add_bf16", new, to_bf16(from_bf16(old) + from_bf16(new)), out=old)
 

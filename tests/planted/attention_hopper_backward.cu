@@ -3,9 +3,14 @@
 
 #include <cstring>
 
-// bf16, head_dim up to 64, from the rows' statistics to the sums of grad_query, which are zero: tensors of (heads,
-// rows, dim), one key head; packed sequences where `sequences` > 0; with dropout the kernel that serves every feature.
-// 0, or an error code whose message lands in `error`.
+// The tiles' columns; see VARIANTS in test_planted_bugs.py.
+#ifndef BK_TILE_COLS
+#define BK_TILE_COLS 64
+#endif
+
+// bf16, head_dim up to the tiles' columns, from the rows' statistics to the sums of grad_query, which are zero: tensors
+// of (heads, rows, dim), one key head; packed sequences where `sequences` > 0; with dropout the kernel that serves
+// every feature. 0, or an error code whose message lands in `error`.
 extern "C" int run_attention_hopper_backward(const void* query, const void* key, const void* value,
                                              const void* grad_output, const float* statistics, float* sums,
                                              void* grad_key, void* grad_value, const int32_t* cu_q, const int32_t* cu_k,
@@ -42,9 +47,10 @@ extern "C" int run_attention_hopper_backward(const void* query, const void* key,
   p.grad_value = rows(grad_value, keys);
   p.deterministic = true;
   const int query_tiles = ceil_div(longest_q, attention::kHopperBackwardQueries);
-  const attention::HopperBackwardPlan plan{query_tiles, copies, statistics, sums};
-  const int code = dropout_p > 0 ? attention::launch_hopper_tiles<__nv_bfloat16, 64, false>(p, plan, nullptr)
-                                 : attention::launch_hopper_tiles<__nv_bfloat16, 64, true>(p, plan, nullptr);
+  const int key_tiles = ceil_div(longest_k, attention::hopper_backward_keys(BK_TILE_COLS));
+  const attention::HopperBackwardPlan plan{query_tiles, key_tiles, copies, statistics, sums, nullptr};
+  const int code = dropout_p > 0 ? attention::launch_hopper_tiles<__nv_bfloat16, BK_TILE_COLS, false>(p, plan, nullptr)
+                                 : attention::launch_hopper_tiles<__nv_bfloat16, BK_TILE_COLS, true>(p, plan, nullptr);
   if (code != 0) std::strncpy(error, error_string(code), size - 1);
   return code;
 }

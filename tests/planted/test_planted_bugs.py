@@ -17,6 +17,9 @@ from tests.planted.bugs import BUGS, SCHEDULES, Bug
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.emulated
 
+# Kernels that are another's source, compiled with these flags.
+VARIANTS = {"attention_hopper_backward_wide": ("attention_hopper_backward", ["-DBK_TILE_COLS=192"])}
+
 
 def show(index: int, row: str) -> None:
     """tests/run.py prints the table from these files, whichever process a test ran in."""
@@ -27,7 +30,8 @@ def show(index: int, row: str) -> None:
 
 def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]] | None = None) -> tuple[str, str]:
     """Builds the harness with the replacement, runs it: the schedule that caught something, and what; or ("", "")."""
-    library = emulated.build_library([f"tests/planted/{kernel}.cu"], build, name, replace=replace)
+    source, flags = VARIANTS.get(kernel, (kernel, ()))
+    library = emulated.build_library([f"tests/planted/{source}.cu"], build, name, flags, replace)
     command = [sys.executable, "-m", "tests.planted.trial", str(library), build, kernel, *SCHEDULES]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | emulated.environment(build), capture_output=True, text=True, timeout=600
@@ -59,6 +63,7 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
         "attention",
         "attention_hopper",
         "attention_hopper_backward",
+        "attention_hopper_backward_wide",
         "attention_decode",
     ],
 )

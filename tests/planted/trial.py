@@ -397,8 +397,20 @@ def attention_hopper_backward(library: ctypes.CDLL) -> str | None:
     """Causal: two heads share two tiles of keys, which one block walks over. Packed, with dropout: two sequences, of
     which the second has infinities that must not reach the first.
     """
-    heads, dim, scale, seed, offset = 2, 64, 0.125, 11, 3
-    for lengths, causal, dropout_p in (([(150, 200)], True, 0.0), ([(70, 140), (9, 20)], False, 0.25)):
+    return hopper_gradients(library, 64, (([(150, 200)], True, 0.0), ([(70, 140), (9, 20)], False, 0.25)))
+
+
+def attention_hopper_backward_wide(library: ctypes.CDLL) -> str | None:
+    """Each warpgroup has one gradient and half of the scores: two tiles of keys and three of queries; packed sequences
+    with dropout.
+    """
+    return hopper_gradients(library, 192, (([(130, 100)], True, 0.0), ([(70, 80), (9, 20)], False, 0.25)))
+
+
+def hopper_gradients(library: ctypes.CDLL, dim: int, cases: tuple) -> str | None:
+    """Cases: (queries, keys) of each sequence, packed where they are several; causal; dropout_p."""
+    heads, scale, seed, offset = 2, 0.125, 11, 3
+    for lengths, causal, dropout_p in cases:
         (queries, keys), packed = lengths[0], len(lengths) > 1
         totals = [sum(x) for x in zip(*lengths, strict=True)]
         rng = np.random.default_rng(queries)
@@ -424,7 +436,7 @@ def attention_hopper_backward(library: ctypes.CDLL) -> str | None:
         statistics[:, :queries, 0] = lse if dropout_p else lse * np.log2(np.e)
         statistics[:, :queries, 1] = delta
         tiles = -(-queries // 64)
-        sums = np.zeros((len(lengths), heads, tiles, 2, 4, 4, 8, 4, 2, 2), np.float32)
+        sums = np.zeros((len(lengths), heads, tiles, 2, 4, dim // 16, 8, 4, 2, 2), np.float32)
         results = [np.full(k.shape, 0xFFFF, np.uint16) for _ in range(2)]
         bits = [bf16(x) for x in (q, k, v, g)]
         starts = [np.cumsum([0, *x]).astype(np.int32) for x in zip(*lengths, strict=True)]
@@ -557,6 +569,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "attention_hopper": attention_hopper,
         "attention_decode": attention_decode,
         "attention_hopper_backward": attention_hopper_backward,
+        "attention_hopper_backward_wide": attention_hopper_backward_wide,
     }[kernel]
     for schedule in schedules:
         order, seed = schedule.split(":")

@@ -196,6 +196,13 @@ __device__ __forceinline__ void bulk_reduce_add(T* dst, const T* src, uint32_t b
   }
 }
 
+// Adds four neighbours to global memory at a multiple of 16 bytes, each atomically.
+__device__ __forceinline__ void reduce_add(float* dst, const float (&values)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "f"(values[0]), "f"(values[1]),
+               "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
 // Closes this thread's open group of stores and reductions.
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
