@@ -60,7 +60,7 @@
 // Numerics: scores, statistics and sums are fp32; P is rounded to T for the tensor cores. fp32 products are split in
 // tf32 ones as in attention.cuh.
 //
-// Registers, by ptxas: at most 168 in 16 bits up to head_dim 128 (by TMA 128 and 143), so that three blocks of four
+// Registers, by ptxas: at most 168 in 16 bits up to head_dim 128 (by TMA 128 and 138), so that three blocks of four
 // warps fit, and nothing spills on any architecture. fp32 at 256 has none left: the places of its values are worked out
 // anew. Expected: 80 % of the bandwidth of a copy and more. Not measured.
 #pragma once

@@ -169,7 +169,7 @@ def test_counted_bytes(hopper, pytestconfig):
     assert counted["tma_load_bytes"] == 2 * whole * row
     copied_rows = 252 + 132 - whole
     loaded = counted["global_load_bytes"] - counted["tma_load_bytes"]
-    # Each of the two parts reads the queries, each thread its sequence's length; new rows are read again to append them.
+    # Each of the two parts reads the queries, and each thread its sequence's length; new rows are read twice.
     assert loaded <= 2 * (copied_rows + new) * row + 2 * output.nbytes + 4 * 128 * given["cache_seqlens"].itemsize
     assert counted["global_store_bytes"] <= (2 * new * row + output.nbytes + lse.nbytes) * 1.05
 
