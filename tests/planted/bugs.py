@@ -681,14 +681,6 @@ BUGS = [
         "race",
     ),
     Bug(
-        "TMA asked for decoded values over those that lanes still read",
-        "attention_decode",
-        DECODE,
-        "    __syncwarp();  // everyone is done with them\n    ring.ask(kValueCache, later, at.stage);",
-        "    ring.ask(kValueCache, later, at.stage);",
-        "race",
-    ),
-    Bug(
         "TMA reads rows that blocks are appending",
         "attention_decode",
         DECODE,
