@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import Candidate, Problem, compile_candidate, eager_candidate
 from benchmarks.static import KernelPlan
+from benchmarks.tune import Tunable
 from bigkern.ops._case import Case, Inputs, Outputs
 from bigkern.ops.attention_decode._cases import make_case
 
@@ -38,6 +39,27 @@ DTYPES = {
     "tiny": (torch.float32,),
 }
 
+# What a measured run may choose: warps a block, tiles in each one's ring, blocks a multiprocessor.
+_HOPPER_TILINGS = {
+    64: ("{4, 6, 2}", "{4, 3, 4}", "{8, 6, 1}"),
+    128: ("{4, 3, 2}", "{4, 2, 3}", "{8, 3, 1}", "{4, 6, 1}"),
+    256: ("{2, 3, 2}", "{2, 2, 3}", "{4, 3, 1}"),
+}
+tunables = [
+    Tunable(
+        f"attention_decode on Hopper, head_dim {dim}",
+        "csrc/kernels/attention_decode.cuh",
+        f"constexpr DecodeTiling kDecodeHopper{dim} =",
+        tilings,
+        (9, 0),
+        (
+            *("attention_decode", "--dtype", "bf16", "--shape"),
+            *(f"{batch}x32x8x1x{capacity}x{dim}" for batch, capacity in ((1, 8192), (8, 4096), (16, 16384))),
+        ),
+    )
+    for dim, tilings in _HOPPER_TILINGS.items()
+]
+
 _TILES = {"*": "HMMA", "sm_80": "LDGSTS", "sm_90a": "LDGSTS"}
 # Threads, registers and shared bytes of each instance. 16-bit up to 128 fits three blocks a multiprocessor, what the
 # others need is bytes in flight, which two give.
@@ -55,6 +77,14 @@ static_plan = [
             ("float", 128, 64, 255, 73984),
             ("float", 256, 32, 255, 82048),
         )
+    ),
+    # By TMA; empty but on sm_90a.
+    *(
+        KernelPlan(
+            rf"^attention::attention_decode_hopper_forward_kernel<__\w+, {dim}>", threads, registers,
+            shared_bytes=shared, requires={"sm_90a": "HMMA UTMALDG"},
+        )
+        for dim, threads, registers, shared in ((64, 128, 168, 101376), (128, 128, 168, 103232), (256, 64, 255, 106976))
     ),
     KernelPlan(r"^attention::attention_decode_combine_kernel<", 128, 64),
 ]  # fmt: skip

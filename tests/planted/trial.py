@@ -515,20 +515,33 @@ def attention_hopper(library: ctypes.CDLL) -> str | None:
 
 
 def attention_decode(library: ctypes.CDLL) -> str | None:
-    """Several tiles of keys to a warp, parts that end within one, new rows at the end of a cache of NaN."""
-    heads, queries, new, dim = 3, 2, 2, 20
-    for length, splits in ((200, 1), (460, 3)):
+    """Several tiles of keys to a warp, parts that end within one, new rows at the end of a cache of NaN.
+
+    By TMA: rings that go round, new rows that end where a tile of 16 does, and a cluster of three blocks.
+    """
+    return decode(library.run_attention_decode_hopper, 24, ((606, 1), (462, 3)), in_bf16=True) or decode(
+        library.run_attention_decode, 20, ((200, 1), (460, 3)), in_bf16=False
+    )
+
+
+def decode(run, dim: int, cases: tuple[tuple[int, int], ...], *, in_bf16: bool) -> str | None:
+    """Rows in the cache and parts of each case."""
+    heads, queries, new = 3, 2, 2
+    for length, splits in cases:
         rng = np.random.default_rng(length)
         capacity, end = length + new + 1, length + new
-        q = rng.standard_normal((heads, queries, dim)).astype(np.float32)
-        k, v = (3 * rng.standard_normal((2, end, dim))).astype(np.float32)
+        values = bf16_values if in_bf16 else lambda rng, shape: rng.standard_normal(shape).astype(np.float32)
+        q, k, v = values(rng, (heads, queries, dim)), *(2 * values(rng, (2, end, dim)))
         caches = [np.full((capacity, dim), np.nan, np.float32) for _ in range(2)]
         for cache, rows in zip(caches, (k, v), strict=True):
             cache[:length] = rows[:length]
         output = np.full(q.shape, np.nan, np.float32)
         sizes = [ctypes.c_int(value) for value in (heads, queries, capacity, length, new, dim, splits)]
         added = [np.ascontiguousarray(rows[length:]) for rows in (k, v)]
-        failure = call(library.run_attention_decode, *map(pointer, (q, *caches, *added, output)), *sizes)
+        arrays = [bf16(x) if in_bf16 else x for x in (q, *caches, *added, output)]
+        failure = call(run, *map(pointer, arrays), *sizes)
+        if in_bf16:
+            *caches, output = (((arrays[i].astype(np.uint32) << 16).view(np.float32)) for i in (1, 2, 5))
 
         scores = q.astype(np.float64) @ k.T.astype(np.float64) * dim**-0.5
         scores = np.where(np.arange(end) <= end - queries + np.arange(queries)[:, None], scores, -np.inf)
@@ -536,12 +549,12 @@ def attention_decode(library: ctypes.CDLL) -> str | None:
         weights /= weights.sum(2, keepdims=True)
         failure = (
             failure
-            or compare("output", output, weights @ v, 1e-5)
+            or compare("output", output, weights @ v, 0.01 if in_bf16 else 1e-5)
             or compare("key_cache", caches[0][:end], k, 0.0)
             or compare("value_cache", caches[1][:end], v, 0.0)
         )
         if failure:
-            return f"{length} rows, {splits} parts: {failure}"
+            return f"{length} rows, {splits} parts, {'TMA' if in_bf16 else 'copied'}: {failure}"
     return None
 
 
@@ -551,7 +564,7 @@ GPUS = {
     "adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3),
     "layer_norm_cluster": dict(workers=1, multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90),
     "rnn": dict(workers=1, multiprocessors=8, blocks_per_multiprocessor=1),
-    "attention_decode": dict(multiprocessors=4, blocks_per_multiprocessor=1),
+    "attention_decode": dict(multiprocessors=4, blocks_per_multiprocessor=1, compute_capability=90),
 }
 
 
