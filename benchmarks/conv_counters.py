@@ -45,6 +45,18 @@ class _Record(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("products", "loads", "stores", "launches", "uncounted"))
 
 
+class HopperWeight(ctypes.Structure):
+    """What the weight gradient's kernel of sm_90a asks for; `tile` is -1 where it does not serve."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("tile", "filters", "columns", "box_w", "box_h", "box_images", "steps", "parts"),
+            *("products", "flop", "loads", "stores", "cycles"),
+        )
+    )
+
+
 class Count(NamedTuple):
     """Of one call: products of 16 x 8 x 16, bytes, launches; `counted` products where the kernels ran."""
 
@@ -60,6 +72,23 @@ def library(build: str = "plain") -> emulated.Library:
     return emulated.open_library(emulated.build_library([_SOURCE], build, "conv_counters"), build)
 
 
+def conv_shape(shape: tuple[int, ...]) -> Shape:
+    images, channels, height, width, filters, kernel, stride, padding, groups = shape
+    out_h, out_w = (conv.places(size, kernel, stride, padding) for size in (height, width))
+    struct = Shape(images, channels, height, width, filters, kernel, kernel, out_h, out_w)
+    struct.stride_h = struct.stride_w = stride
+    struct.padding_h = struct.padding_w = padding
+    struct.dilation_h = struct.dilation_w = 1
+    struct.groups = groups
+    return struct
+
+
+def hopper_weight(shape: Shape) -> HopperWeight:
+    found = HopperWeight()
+    library().functions.conv_hopper_weight_counters(ctypes.byref(shape), ctypes.byref(found))
+    return found
+
+
 def count(
     shape: tuple[int, ...],
     direction: str,
@@ -68,13 +97,7 @@ def count(
     run: bool = False,
 ) -> Count:
     """Of a convolution of conv.SHAPE_NAMES, with a max pool of (kernel, stride, padding) in its forward."""
-    images, channels, height, width, filters, kernel, stride, padding, groups = shape
-    out_h, out_w = (conv.places(size, kernel, stride, padding) for size in (height, width))
-    struct = Shape(images, channels, height, width, filters, kernel, kernel, out_h, out_w)
-    struct.stride_h = struct.stride_w = stride
-    struct.padding_h = struct.padding_w = padding
-    struct.dilation_h = struct.dilation_w = 1
-    struct.groups = groups
+    struct = conv_shape(shape)
     record, counted = _Record(), ctypes.c_int64()
     call = library(build).functions.conv_counters
     arguments = [*(pool or (0, 0, 0)), DIRECTIONS.index(direction), run]
