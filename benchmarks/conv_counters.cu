@@ -222,10 +222,10 @@ extern "C" int conv_counters(const bigkern::ConvShape* shape, int pool_kernel, i
 struct HopperWeightRecord {
   int64_t tile;  // of kHopperWeightTiles; -1: the kernels above serve
   int64_t filters, columns;
-  int64_t box_w, box_h, box_images, steps, parts;
-  int64_t products;  // wgmmas of 64 x a warpgroup's columns, and those of the bias' 8
+  int64_t box_w, box_h, box_images, steps, parts, cluster;
+  int64_t products;             // wgmmas of 64 x a warpgroup's columns, and those of the bias' 8
   int64_t flop, loads, stores;  // loads: whole boxes of TMA, and the sum's of parts
-  int64_t cycles;  // modelled
+  int64_t cycles;               // modelled
 };
 
 extern "C" void conv_hopper_weight_counters(const bigkern::ConvShape* shape, HopperWeightRecord* out) {
@@ -234,8 +234,8 @@ extern "C" void conv_hopper_weight_counters(const bigkern::ConvShape* shape, Hop
   const auto tensor = [](int channels, int height, int width) {
     return dense_channels_last(nullptr, channels, height, width);
   };
-  const HopperWeightPlan plan = plan_hopper_weight(
-      weight_params(s, tensor(s.filters, s.out_h, s.out_w), tensor(s.channels, s.height, s.width)));
+  const HopperWeightPlan plan =
+      plan_hopper_weight(weight_params(s, tensor(s.filters, s.out_h, s.out_w), tensor(s.channels, s.height, s.width)));
   const WeightParams& p = plan.params;
   const HopperWeightLayout& layout = plan.layout;
   *out = {plan.tile};
@@ -245,10 +245,11 @@ extern "C" void conv_hopper_weight_counters(const bigkern::ConvShape* shape, Hop
   const int64_t weights = int64_t{s.filters} * s.kernel_h * s.kernel_w * s.channels;
   const int width = hopper_weight_columns(tile);
   const int64_t fragments = tile.filters / 64 * (tile.columns / width), depths = layout.steps * (kHopperPlaces / 16);
-  *out = {plan.tile,  tile.filters, tile.columns, layout.box_w, layout.box_h, layout.box_images, layout.steps, p.parts};
+  *out = {plan.tile,         tile.filters, tile.columns, layout.box_w,  layout.box_h,
+          layout.box_images, layout.steps, p.parts,      layout.cluster};
   out->products = depths * fragments * (tiles + p.tiles_m);
   out->flop = depths * fragments * 64 * 16 * 2 * (tiles * width + p.tiles_m * 8);
-  out->loads = tiles * layout.steps * (tile.filters + tile.columns) * places * sizeof(T);
+  out->loads = tiles * layout.steps * (tile.filters / layout.cluster + tile.columns) * places * sizeof(T);
   out->stores = p.parts * (weights + s.filters) * sizeof(float);
   out->cycles = static_cast<int64_t>(hopper_weight_cycles(p, tile, layout));
 }

@@ -51,7 +51,7 @@ class HopperWeight(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("tile", "filters", "columns", "box_w", "box_h", "box_images", "steps", "parts"),
+            *("tile", "filters", "columns", "box_w", "box_h", "box_images", "steps", "parts", "cluster"),
             *("products", "flop", "loads", "stores", "cycles"),
         )
     )

@@ -10,6 +10,9 @@
 //   producer  for every step: wait until the stage is empty -> chunks
 //   consumers for every step: wait for the chunks -> 4 x (filters / 64) wgmma -> the step before is empty
 //
+// Two blocks of a cluster share filters, part and with it the gradient: each loads half of it into both. A stage is
+// empty when the warps of both have left it.
+//
 // Both operands lie as channels_last has them, a place a row of 128 bytes, so that filters and channels run along
 // memory: wgmma takes them so ("mn-major") by its transpose bits. 64 of them are one swizzle atom wide, 8 places one
 // high: atoms of 8 places follow one another at 1,024 bytes, chunks of 64 at 8 KiB. What TMA fills with zeros beyond
@@ -66,6 +69,20 @@ struct HopperTap {
   }
 };
 
+// As WeightTile, with the blocks of a cluster along the columns.
+struct HopperWeightPlace {
+  int m, n;
+  int part;
+
+  __device__ __forceinline__ HopperWeightPlace(const WeightParams& p, const HopperWeightLayout& layout) {
+    const int block = static_cast<int>(blockIdx.x), tiles_n = p.tiles_n / layout.cluster;
+    const int cluster = block / layout.cluster, row = cluster / p.tiles_m;
+    m = cluster - row * p.tiles_m;
+    part = row / tiles_n;
+    n = (row - part * tiles_n) * layout.cluster + block - cluster * layout.cluster;
+  }
+};
+
 // The columns of a chunk: 64 channels, from the first one, under one tap.
 struct HopperWeightChunk {
   int tap, channel;
@@ -99,7 +116,7 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; i++) {
         mbarrier_init(full + i, 1);
-        mbarrier_init(empty + i, kConsumerWarps);
+        mbarrier_init(empty + i, kConsumerWarps * layout.cluster);
       }
       fence_barrier_init();
     }
@@ -111,15 +128,18 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
       store_vec(stages + (i / rest + 1) * kChunkElements - (i % rest + 1) * V, zeros);
     }
     fence_proxy_async();
-    __syncthreads();
-    const WeightTile tile(p);
-    const int begin = static_cast<int>(tile.part) * layout.part_steps;
+    cluster_sync();  // the other block's barriers are there as well
+    const HopperWeightPlace tile(p, layout);
+    const int begin = tile.part * layout.part_steps;
     const int steps = min(layout.part_steps, layout.steps - begin);
     RingPlace stage;
 
     if (threadIdx.x >= Shape::kConsumers) {
       set_max_registers_dec<kProducerRegisters>();
-      if (threadIdx.x > Shape::kConsumers) return;
+      if (threadIdx.x > Shape::kConsumers) {
+        cluster_sync();
+        return;
+      }
       // Of the places under each chunk's tap: the map that has them, and where they lie in it.
       int map[Shape::kPixelChunks], channel[Shape::kPixelChunks];
       int pixel_w[Shape::kPixelChunks], pixel_h[Shape::kPixelChunks], pixel_image[Shape::kPixelChunks];
@@ -140,12 +160,18 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
       int w = (begin - line * boxes_w) * layout.box_w, h = (line - images * boxes_h) * layout.box_h;
       int image = images * layout.box_images;
       for (int step = 0; step < steps; step++) {
-        mbarrier_wait(empty + stage.index, stage.parity ^ 1);
+        mbarrier_wait_cluster(empty + stage.index, stage.parity ^ 1);
         mbarrier_arrive_expect_tx(full + stage.index, Shape::kChunks * places * kHopperChannelBytes);
         T* const chunks = stages + stage.index * Shape::kChunks * kChunkElements;
 #pragma unroll
         for (int i = 0; i < Shape::kFilterChunks; i++) {
-          tma_load(chunks + i * kChunkElements, maps.grad, full + stage.index, {tile.m * kM + i * 64, w, h, image});
+          T* const to = chunks + i * kChunkElements;
+          const int filter = tile.m * kM + i * 64;
+          if (layout.cluster == 1) {
+            tma_load(to, maps.grad, full + stage.index, {filter, w, h, image});
+          } else if (i % 2 == tile.n % 2) {
+            tma_load_multicast(to, maps.grad, full + stage.index, {filter, w, h, image}, 3);
+          }
         }
 #pragma unroll
         for (int i = 0; i < Shape::kPixelChunks; i++) {
@@ -163,6 +189,7 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
           image += layout.box_images;
         }
       }
+      cluster_sync();
       return;
     }
 
@@ -199,7 +226,7 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (held >= 0 && lane == 0) mbarrier_arrive(empty + held);
+        if (held >= 0 && lane < layout.cluster) mbarrier_arrive_cluster(empty + held, lane);
         held = stage.index;
         stage.next(kStages);
       }
@@ -208,6 +235,7 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
         wgmma_wait<0>(sums[i]);
         wgmma_wait<0>(bias[i]);
       }
+      cluster_arrive();  // nothing is asked of the other block any more
     };
     const bool sums_bias = p.bias_sums != nullptr && tile.n == 0;
     if (sums_bias) {
@@ -223,7 +251,7 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
       for (int half = 0; half < 2; half++) {
         const int filter = tile.m * kM + (first_fragment + i) * 64 + warp % 4 * 16 + half * 8 + lane / 4;
         if (filter >= p.filters) continue;
-        const int64_t row = tile.part * p.filters + filter;
+        const int64_t row = int64_t{tile.part} * p.filters + filter;
         if (sums_bias && first_chunk == 0 && lane % 4 == 0) p.bias_sums[row] = bias[i][half * 2];
 #pragma unroll
         for (int c = 0; c < kColumns / kHopperChannels; c++) {
@@ -239,6 +267,7 @@ __global__ void __launch_bounds__(conv::HopperWeightShape<kTile>::kThreads, 1)
         }
       }
     }
+    cluster_wait();  // it may still arrive here
   }
 }
 
@@ -248,8 +277,9 @@ template <class T, int kTile>
 int launch_hopper_weight_tile(const HopperWeightPlan& plan, const HopperWeightMaps& maps, Stream stream) {
   using Shape = HopperWeightShape<kTile>;
   const WeightParams& p = plan.params;
-  const LaunchConfig config{dim3(static_cast<unsigned>(p.parts * p.tiles_m * p.tiles_n)), dim3(Shape::kThreads),
-                            kHopperSharedBytes, stream};
+  LaunchConfig config{dim3(static_cast<unsigned>(p.parts * p.tiles_m * p.tiles_n)), dim3(Shape::kThreads),
+                      kHopperSharedBytes, stream};
+  config.cluster = plan.layout.cluster;
   return launch(conv_hopper_weight_kernel<T, kTile>, config, maps, p, plan.layout);
 }
 
@@ -296,8 +326,10 @@ int launch_hopper_weight(const HopperWeightPlan& plan, Stream stream) {
       return launch_hopper_weight_tile<T, 0>(plan, maps, stream);
     case 1:
       return launch_hopper_weight_tile<T, 1>(plan, maps, stream);
-    default:
+    case 2:
       return launch_hopper_weight_tile<T, 2>(plan, maps, stream);
+    default:
+      return launch_hopper_weight_tile<T, 3>(plan, maps, stream);
   }
 }
 

@@ -4,19 +4,15 @@
 // cycle 4,096 FLOP of wgmma, 128 bytes of shared memory, 30 of L2 and 20 of device memory (assumed). A step is 64
 // places:
 //
-//   filters x columns  wgmma  shared memory: both operands of every wgmma, TMA's writes             L2
-//   256 x 192          1,536  4 * 4 * (2,048 +  6,144) / 128 + 57,344 / 128 = 1,472 cycles           1,911 cycles
-//   128 x 256          1,024  2 * 4 * (2,048 +  8,192) / 128 + 49,152 / 128 = 1,024                  1,638
-//    64 x 256            512  2 * 4 * (2,048 +  4,096) / 128 + 40,960 / 128 =   704                  1,365
+//   filters x columns  wgmma  shared memory: both operands of every wgmma, TMA's writes       L2, gradient shared by
+//   two 256 x 192          1,536  4 * 4 * (2,048 + 6,144) / 128 + 57,344 / 128 = 1,472 cycles      1,911  1,365 cycles
+//   256 x 128          1,024  4 * 4 * (2,048 + 4,096) / 128 + 49,152 / 128 = 1,152             1,638  1,092
+//   128 x 192            768  2 * 4 * (2,048 + 6,144) / 128 + 40,960 / 128 =   832             1,365  1,092
+//    64 x 256            512  2 * 4 * (2,048 + 4,096) / 128 + 40,960 / 128 =   704             1,365
 //
-// so L2 binds: 80 %, 62 % and 38 % of wgmma's rate. (Two blocks that share pixels by multicast would need 60 % of it.)
-// A block's end costs 1,500 cycles and its sums' way to L2, the ordered sum a read of all parts. That makes of 4,096
-// FLOP a cycle on 132 multiprocessors:
-//
-//   convolution of ResNet-50       tile        256 images: parts, use     32 images
-//   MODEL_ROWS
-//
-// No GPU has been asked yet.
+// where two blocks of a cluster, with the same filters and parts, each load half of the gradient for both. A block's
+// end costs 1,500 cycles and its sums' way to L2, the ordered sum a read of all parts. Of 4,096 FLOP a cycle that
+// makes, MODEL No GPU has been asked yet.
 #pragma once
 
 #include "kernels/conv_hopper_plan.cuh"
@@ -35,7 +31,7 @@ namespace conv {
 struct HopperWeightTile {
   int filters, columns, stages;
 };
-constexpr HopperWeightTile kHopperWeightTiles[] = {{256, 192, 4}, {128, 256, 4}, {64, 256, 5}};
+constexpr HopperWeightTile kHopperWeightTiles[] = {{256, 192, 4}, {256, 128, 4}, {128, 192, 5}, {64, 256, 5}};
 constexpr int kHopperWeightTileCount = sizeof(kHopperWeightTiles) / sizeof(kHopperWeightTiles[0]);
 
 // Most blocks for each multiprocessor that the places are cut into parts for.
@@ -54,6 +50,7 @@ struct HopperWeightLayout {
   int box_w, box_h, box_images;
   int steps, part_steps;
   int channel_steps;  // of 64 channels, the last one filled up with zeros
+  int cluster;        // blocks that load one gradient for all, 1 or 2
 };
 
 struct HopperWeightPlan {
@@ -129,7 +126,7 @@ inline double hopper_weight_cycles(const WeightParams& p, const HopperWeightTile
   const double products = double(tile.filters) * tile.columns / 64 / width * (kHopperPlaces / 16);
   const double shared = (products * (64 + width) * 32 + hopper_weight_stage_bytes(tile)) / kSharedBytes;
   // What lies beyond filters and columns is not asked for.
-  const double rows = double(p.filters) / p.tiles_m + columns / p.tiles_n;
+  const double rows = double(p.filters) / p.tiles_m / layout.cluster + columns / p.tiles_n;
   const double step =
       std::max({multiply, shared, rows * layout.box_w * layout.box_h * layout.box_images * 2 / kL2Bytes});
   const double end = kEnd + 4.0 * tile.filters * tile.columns / kL2Bytes;
@@ -159,17 +156,21 @@ inline HopperWeightPlan plan_hopper_weight(const WeightParams& given) {
   double least = 0;
   for (int i = 0; i < kHopperWeightTileCount; i++) {
     const HopperWeightTile& tile = kHopperWeightTiles[i];
-    p.tiles_m = ceil_div(p.filters, tile.filters), p.tiles_n = ceil_div(chunks, tile.columns / kHopperChannels);
-    const int64_t tiles = int64_t{p.tiles_m} * p.tiles_n;
-    for (int64_t wave = 1; wave <= kHopperWeightWaves; wave++) {
-      const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(wave * machine / tiles, layout.steps));
-      layout.part_steps = static_cast<int>(ceil_div<int64_t>(layout.steps, parts));
-      p.parts = ceil_div(layout.steps, layout.part_steps);
-      if (p.parts * tiles > INT_MAX / 2) continue;
-      const double cycles = hopper_weight_cycles(p, tile, layout);
-      if (best.tile < 0 || cycles < least) {
-        best = {i, p, layout};
-        least = cycles;
+    for (layout.cluster = 1; layout.cluster <= std::min<int64_t>(tile.filters / 64, std::min<int64_t>(2, machine));
+         layout.cluster++) {
+      p.tiles_m = ceil_div(p.filters, tile.filters);
+      p.tiles_n = round_up(ceil_div(chunks, tile.columns / kHopperChannels), layout.cluster);
+      const int64_t tiles = int64_t{p.tiles_m} * p.tiles_n;
+      for (int64_t wave = 1; wave <= kHopperWeightWaves; wave++) {
+        const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(wave * machine / tiles, layout.steps));
+        layout.part_steps = static_cast<int>(ceil_div<int64_t>(layout.steps, parts));
+        p.parts = ceil_div(layout.steps, layout.part_steps);
+        if (p.parts * tiles > INT_MAX / 2) continue;
+        const double cycles = hopper_weight_cycles(p, tile, layout);
+        if (best.tile < 0 || cycles < least) {
+          best = {i, p, layout};
+          least = cycles;
+        }
       }
     }
   }
