@@ -28,6 +28,7 @@ IMAGES = 32
 _SOURCE = Path(__file__).with_suffix(".cu")
 _PRODUCT_FLOP = 2 * 16 * 8 * 16
 _BF16 = 2
+_MEMORY_BYTES = 20  # of a multiprocessor and cycle, as conv_hopper_weight_plan.cuh assumes
 
 
 class Shape(ctypes.Structure):
@@ -167,6 +168,29 @@ def markdown() -> str:
         issued = found.products * _PRODUCT_FLOP / conv.count_flops(shape)["forward"]
         window = f"{pool[0]}x{pool[0]} by {pool[1]}"
         lines.append(f"| {'x'.join(map(str, shape))} | {window} | {issued:.2f} | {stored:.1f} |")
+    lines += [
+        "",
+        "The weight gradient on Hopper (csrc/kernels/conv_hopper_weight.cuh): tile of filters and columns, alone or two "
+        + "in a cluster; places of a step along width, height and images; parts; FLOP, asked (of L2, by TMA) and stored "
+        + "as above; microseconds modelled at 1.6 GHz, no less than memory's floor at 4.2 TB/s.",
+        "",
+        "| shape | tile | step | parts | FLOP | asked | stored | us |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in (shape for shape in conv.SHAPES["cuda"] if shape[-1] == 1):
+        found = hopper_weight(conv_shape(shape))
+        if found.tile < 0:
+            continue
+        floor = floor_bytes(shape, "grad_weight")
+        tile = f"{found.filters}x{found.columns}" + (" x 2" if found.cluster == 2 else "")
+        cells = [
+            f"{found.flop / conv.count_flops(shape)['forward']:.2f}",
+            f"{(found.loads + found.stores) / floor:.1f}",
+            f"{found.stores / (shape[4] * (shape[1] * shape[5] ** 2 + 1) * _BF16):.1f}",
+            f"{max(found.cycles, floor / (_MEMORY_BYTES * MULTIPROCESSORS)) / 1600:.1f}",
+        ]
+        step = f"{found.box_w}x{found.box_h}x{found.box_images}"
+        lines.append(f"| {'x'.join(map(str, shape))} | {tile} | {step} | {found.parts} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
