@@ -170,9 +170,9 @@ def markdown() -> str:
         lines.append(f"| {'x'.join(map(str, shape))} | {window} | {issued:.2f} | {stored:.1f} |")
     lines += [
         "",
-        "The weight gradient on Hopper (csrc/kernels/conv_hopper_weight.cuh): tile of filters and columns, alone or two "
-        + "in a cluster; places of a step along width, height and images; parts; FLOP, asked (of L2, by TMA) and stored "
-        + "as above; microseconds modelled at 1.6 GHz, no less than memory's floor at 4.2 TB/s.",
+        "The weight gradient on Hopper (csrc/kernels/conv_hopper_weight.cuh): tile of filters and columns, or two "
+        "in a cluster; places of a step along width, height and images; parts; FLOP, asked of L2 and stored as above; "
+        "microseconds modelled at 1.6 GHz, no less than memory's floor at 4.2 TB/s.",
         "",
         "| shape | tile | step | parts | FLOP | asked | stored | us |",
         "|---|---|---|---|---|---|---|---|",
