@@ -22,8 +22,8 @@
 // Strides. A tap meets, through places one after another, every s-th line and column of one phase of the image: for
 // each phase there is a tensor map that steps s pixels, of at most 4 x 4. A phase beyond a tiny image is all padding.
 //
-// Floor: 2 N P Q K C R S FLOP; gradient and pixels read once from memory, from L2 (filters + columns) 2 bytes a place
-// and tile; 4 bytes a weight and part written, and read once more by the sum.
+// Floor: 2 N P Q K C R S FLOP; gradient and pixels read once from memory, from L2 (filters / cluster + columns) 2
+// bytes a place and tile; 4 bytes a weight and part written, and read once more by the sum.
 //
 // The bias' gradient is the product with a column of ones, in the blocks of the first column tile.
 //
@@ -50,6 +50,8 @@ struct HopperWeightShape {
   static constexpr int kFilterChunks = kM / 64, kPixelChunks = kN / kHopperChannels;
   static constexpr int kChunks = kFilterChunks + kPixelChunks;
   static constexpr int kChunkBytes = kHopperPlaces * kHopperChannelBytes;
+  static_assert(kStages * (kChunks * kChunkBytes + 2 * static_cast<int>(sizeof(Mbarrier))) + 1280 <= kHopperSharedBytes,
+                "stages, their barriers, the column of ones, and what aligning them takes");
   static_assert((kM == 64 || kM % 128 == 0) && kColumns % kHopperChannels == 0 && kColumns <= 256, "whole chunks");
 };
 

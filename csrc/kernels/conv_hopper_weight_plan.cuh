@@ -39,15 +39,15 @@ constexpr int kHopperWeightTileCount = sizeof(kHopperWeightTiles) / sizeof(kHopp
 
 // Most blocks for each multiprocessor that the places are cut into parts for.
 constexpr int kHopperWeightWaves = 4;
-// Of what is multiplied, that which must be real: the sm_80 path asks L2 for more than twice the bytes a product.
+// Of what is multiplied, that which must be real: the sm_80 path multiplies at about half of this one's rate.
 constexpr double kHopperWeightLeastUse = 0.5;
 
 // ---- The plan ----
 
 constexpr int kHopperPlaces = 64;  // of a step
 
-// The places of a step are a box of the output: whole lines of it one after another, of several images where one has
-// too few. Boxes leave an axis only where the operands both end there: what is zero in one may be NaN in the other.
+// The places of a step are a box of the output, of several images where one has too few or no divisor that fits. Boxes
+// leave an axis only where both operands end there: what is zero in one may be NaN in the other.
 struct HopperWeightLayout {
   int64_t images;
   int box_w, box_h, box_images;
@@ -111,7 +111,7 @@ inline void plan_boxes(const WeightParams& p, HopperWeightLayout& layout) {
   }
 }
 
-// Products of 64 columns' worth are issued by a warpgroup at once, over the columns it has of the tile.
+// Columns of a wgmma: a warpgroup's of the tile.
 constexpr int hopper_weight_columns(const HopperWeightTile& tile) {
   return tile.filters == 64 ? tile.columns / 2 : tile.columns;
 }
