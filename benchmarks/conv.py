@@ -110,7 +110,7 @@ static_plan = [
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightChunkLoader", 256, _ALONE, False, _SHARED_WEIGHT, _COPIES),
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2),
     # One block a multiprocessor: setmaxnreg shares out 168 registers a thread. Empty on other architectures.
-    KernelPlan(r"^conv_hopper_kernel<", 384, 168, False, _SHARED_HOPPER, {"sm_90a": "HGMMA UTMALDG"}),
+    KernelPlan(r"^conv_hopper_(weight_)?kernel<", 384, 168, False, _SHARED_HOPPER, {"sm_90a": "HGMMA UTMALDG"}),
     # Strips of sums in registers: enough loads in flight with 512 threads.
     KernelPlan(r"^conv_depthwise_kernel<\w+, [48],", 256, 128, vectorised=True),
     KernelPlan(r"^conv_depthwise_kernel<\w+, 1,", 256, 128),
@@ -137,7 +137,25 @@ tunables = [
             *(f"256x{c}x{size}x{size}x{c}x3x1x1x1" for c, size in ((64, 56), (128, 28), (256, 14), (512, 7))),
             *("256x512x7x7x2048x1x1x0x1", "256x256x14x14x1024x1x1x0x1"),
         ),
-    )
+    ),
+    # Filters, columns and stages; the plan chooses among a set by the model, so that a set may hold more than it needs.
+    Tunable(
+        "weight gradient on Hopper",
+        "csrc/kernels/conv_hopper_weight_plan.cuh",
+        "constexpr HopperWeightTile kHopperWeightTiles[] =",
+        (
+            "{{256, 192, 4}, {256, 128, 4}, {128, 192, 5}, {64, 256, 5}}",
+            "{{256, 128, 4}, {128, 256, 4}, {128, 192, 5}, {64, 256, 5}}",
+            "{{256, 192, 3}, {256, 128, 3}, {128, 192, 4}, {64, 256, 4}}",
+            "{{128, 256, 4}, {128, 128, 6}, {128, 192, 5}, {64, 128, 8}}",
+        ),
+        (9, 0),
+        (
+            *("conv", "--function", "conv2d", "--dtype", "bf16", "--direction", "backward", "--shape"),
+            *(f"256x{c}x{size}x{size}x{c}x3x1x1x1" for c, size in ((64, 56), (128, 28), (256, 14), (512, 7))),
+            *("256x512x7x7x2048x1x1x0x1", "256x256x14x14x1024x1x1x0x1"),
+        ),
+    ),
 ]
 
 

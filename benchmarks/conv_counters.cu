@@ -37,6 +37,10 @@ template <>
 int conv::launch_hopper<T>(const HopperPlan&, const StoreOutput<T>&, Stream) {
   return 1;
 }
+template <>
+int conv::launch_hopper_weight<T>(const HopperWeightPlan&, Stream) {
+  return 1;
+}
 
 // What the kernels of one call ask of the machine: products of 16 x 8 x 16 issued by warps, bytes of global memory
 // loaded and stored by the kernels' instructions (what the caches serve included), launches.
@@ -212,4 +216,40 @@ extern "C" int conv_counters(const bigkern::ConvShape* shape, int pool_kernel, i
   *out = record;
   *counted = static_cast<int64_t>(products);
   return code;
+}
+
+// What the weight gradient's kernel of sm_90a asks for, of the same tensors, with the bias' gradient.
+struct HopperWeightRecord {
+  int64_t tile;  // of kHopperWeightTiles; -1: the kernels above serve
+  int64_t filters, columns;
+  int64_t box_w, box_h, box_images, steps, parts, cluster;
+  int64_t products;             // wgmmas of 64 x a warpgroup's columns, and those of the bias' 8
+  int64_t flop, loads, stores;  // loads: whole boxes of TMA, and the sum's of parts
+  int64_t cycles;               // modelled
+};
+
+extern "C" void conv_hopper_weight_counters(const bigkern::ConvShape* shape, HopperWeightRecord* out) {
+  using namespace bigkern;
+  const ConvShape& s = *shape;
+  const auto tensor = [](int channels, int height, int width) {
+    return dense_channels_last(nullptr, channels, height, width);
+  };
+  const HopperWeightPlan plan =
+      plan_hopper_weight(weight_params(s, tensor(s.filters, s.out_h, s.out_w), tensor(s.channels, s.height, s.width)));
+  const WeightParams& p = plan.params;
+  const HopperWeightLayout& layout = plan.layout;
+  *out = {plan.tile};
+  if (plan.tile < 0) return;
+  const HopperWeightTile tile = kHopperWeightTiles[plan.tile];
+  const int64_t places = layout.box_w * layout.box_h * layout.box_images, tiles = int64_t{p.tiles_m} * p.tiles_n;
+  const int64_t weights = int64_t{s.filters} * s.kernel_h * s.kernel_w * s.channels;
+  const int width = hopper_weight_columns(tile);
+  const int64_t fragments = tile.filters / 64 * (tile.columns / width), depths = layout.steps * (kHopperPlaces / 16);
+  *out = {plan.tile,         tile.filters, tile.columns, layout.box_w,  layout.box_h,
+          layout.box_images, layout.steps, p.parts,      layout.cluster};
+  out->products = depths * fragments * (tiles + p.tiles_m);
+  out->flop = depths * fragments * 64 * 16 * 2 * (tiles * width + p.tiles_m * 8);
+  out->loads = tiles * layout.steps * (tile.filters / layout.cluster + tile.columns) * places * sizeof(T);
+  out->stores = p.parts * (weights + s.filters) * sizeof(float);
+  out->cycles = static_cast<int64_t>(hopper_weight_cycles(p, tile, layout));
 }

@@ -28,6 +28,7 @@ IMAGES = 32
 _SOURCE = Path(__file__).with_suffix(".cu")
 _PRODUCT_FLOP = 2 * 16 * 8 * 16
 _BF16 = 2
+_MEMORY_BYTES = 20  # of a multiprocessor and cycle, as conv_hopper_weight_plan.cuh assumes
 
 
 class Shape(ctypes.Structure):
@@ -45,6 +46,18 @@ class _Record(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("products", "loads", "stores", "launches", "uncounted"))
 
 
+class HopperWeight(ctypes.Structure):
+    """What the weight gradient's kernel of sm_90a asks for; `tile` is -1 where it does not serve."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("tile", "filters", "columns", "box_w", "box_h", "box_images", "steps", "parts", "cluster"),
+            *("products", "flop", "loads", "stores", "cycles"),
+        )
+    )
+
+
 class Count(NamedTuple):
     """Of one call: products of 16 x 8 x 16, bytes, launches; `counted` products where the kernels ran."""
 
@@ -60,6 +73,23 @@ def library(build: str = "plain") -> emulated.Library:
     return emulated.open_library(emulated.build_library([_SOURCE], build, "conv_counters"), build)
 
 
+def conv_shape(shape: tuple[int, ...]) -> Shape:
+    images, channels, height, width, filters, kernel, stride, padding, groups = shape
+    out_h, out_w = (conv.places(size, kernel, stride, padding) for size in (height, width))
+    struct = Shape(images, channels, height, width, filters, kernel, kernel, out_h, out_w)
+    struct.stride_h = struct.stride_w = stride
+    struct.padding_h = struct.padding_w = padding
+    struct.dilation_h = struct.dilation_w = 1
+    struct.groups = groups
+    return struct
+
+
+def hopper_weight(shape: Shape) -> HopperWeight:
+    found = HopperWeight()
+    library().functions.conv_hopper_weight_counters(ctypes.byref(shape), ctypes.byref(found))
+    return found
+
+
 def count(
     shape: tuple[int, ...],
     direction: str,
@@ -68,13 +98,7 @@ def count(
     run: bool = False,
 ) -> Count:
     """Of a convolution of conv.SHAPE_NAMES, with a max pool of (kernel, stride, padding) in its forward."""
-    images, channels, height, width, filters, kernel, stride, padding, groups = shape
-    out_h, out_w = (conv.places(size, kernel, stride, padding) for size in (height, width))
-    struct = Shape(images, channels, height, width, filters, kernel, kernel, out_h, out_w)
-    struct.stride_h = struct.stride_w = stride
-    struct.padding_h = struct.padding_w = padding
-    struct.dilation_h = struct.dilation_w = 1
-    struct.groups = groups
+    struct = conv_shape(shape)
     record, counted = _Record(), ctypes.c_int64()
     call = library(build).functions.conv_counters
     arguments = [*(pool or (0, 0, 0)), DIRECTIONS.index(direction), run]
@@ -144,6 +168,29 @@ def markdown() -> str:
         issued = found.products * _PRODUCT_FLOP / conv.count_flops(shape)["forward"]
         window = f"{pool[0]}x{pool[0]} by {pool[1]}"
         lines.append(f"| {'x'.join(map(str, shape))} | {window} | {issued:.2f} | {stored:.1f} |")
+    lines += [
+        "",
+        "The weight gradient on Hopper (csrc/kernels/conv_hopper_weight.cuh): tile of filters and columns, or two "
+        "in a cluster; places of a step along width, height and images; parts; FLOP, asked of L2 and stored as above; "
+        "microseconds modelled at 1.6 GHz, no less than memory's floor at 4.2 TB/s.",
+        "",
+        "| shape | tile | step | parts | FLOP | asked | stored | us |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in (shape for shape in conv.SHAPES["cuda"] if shape[-1] == 1):
+        found = hopper_weight(conv_shape(shape))
+        if found.tile < 0:
+            continue
+        floor = floor_bytes(shape, "grad_weight")
+        tile = f"{found.filters}x{found.columns}" + (" x 2" if found.cluster == 2 else "")
+        cells = [
+            f"{found.flop / conv.count_flops(shape)['forward']:.2f}",
+            f"{(found.loads + found.stores) / floor:.1f}",
+            f"{found.stores / (shape[4] * (shape[1] * shape[5] ** 2 + 1) * _BF16):.1f}",
+            f"{max(found.cycles, floor / (_MEMORY_BYTES * MULTIPROCESSORS)) / 1600:.1f}",
+        ]
+        step = f"{found.box_w}x{found.box_h}x{found.box_images}"
+        lines.append(f"| {'x'.join(map(str, shape))} | {tile} | {step} | {found.parts} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@
 //   conv_epilogue.cuh   bias, activation, and max pool where windows fit a tile; else
 //   conv_pool.cuh       the pool as a pass of its own; and the way back through pool and activation
 //   conv_weight.cuh     weight and bias gradients
+//   conv_hopper_weight.cuh  the same on sm_90a, of what conv_hopper_weight_plan.cuh takes: TMA and wgmma
 //   conv_depthwise.cuh  one channel a group: bound by memory, without tiles
 //   conv_layout.cuh     copies between layouts
 //
@@ -36,6 +37,7 @@
 #include "kernels/conv_epilogue.cuh"
 #include "kernels/conv_gemm.cuh"
 #include "kernels/conv_hopper_plan.cuh"
+#include "kernels/conv_hopper_weight_plan.cuh"
 #include "kernels/conv_layout.cuh"
 #include "kernels/conv_pool.cuh"
 #include "kernels/conv_weight.cuh"
@@ -216,14 +218,18 @@ int launch_gemm(const GemmParams& p, bool tf32, bool small, const Epilogue& epil
 
 // ---- The weight's gradient ----
 
+template <class T>
+bool whole_chunks(const WeightParams& p) {
+  constexpr int V = kVecElements<T>;
+  return p.channels % V == 0 && p.filters % V == 0 && p.input_channel == 1 &&
+         whole_vectors({p.grad, p.grad_image, 1, p.grad_row, p.grad_pixel}, V, sizeof(T)) &&
+         whole_vectors({p.input, p.input_image, 1, p.input_row, p.input_pixel}, V, sizeof(T));
+}
+
 template <class T, class Product>
 int launch_weight(const WeightParams& p, Stream stream) {
-  constexpr int V = kVecElements<T>;
-  const bool chunks = p.channels % V == 0 && p.filters % V == 0 && p.input_channel == 1 &&
-                      whole_vectors({p.grad, p.grad_image, 1, p.grad_row, p.grad_pixel}, V, sizeof(T)) &&
-                      whole_vectors({p.input, p.input_image, 1, p.input_row, p.input_pixel}, V, sizeof(T));
-  return chunks ? launch_weight_tile<T, Product, WeightChunkLoader>(p, stream)
-                : launch_weight_tile<T, Product, WeightElementLoader>(p, stream);
+  return whole_chunks<T>(p) ? launch_weight_tile<T, Product, WeightChunkLoader>(p, stream)
+                            : launch_weight_tile<T, Product, WeightElementLoader>(p, stream);
 }
 
 template <class T>
@@ -471,15 +477,27 @@ int conv_backward_weight(const ConvBackwardWeightParams& params, Stream stream, 
   WeightParams p = weight_params(shape, grad, input);
   const bool depthwise = is_depthwise(shape);
   const DepthwiseWeightGrid grid = plan_depthwise_weight<T>(p);
-  p.tiles_m = ceil_div(p.filters, TileWeight<T>::kM), p.tiles_n = ceil_div(taps * channels, TileWeight<T>::kN);
-  plan_parts(p, depthwise ? grid.blocks : int64_t{p.groups} * p.tiles_m * p.tiles_n);
+  HopperWeightPlan hopper{-1, {}, {}};
+  if (sizeof(T) == 2 && compute_capability() == 90 && whole_chunks<T>(p)) hopper = plan_hopper_weight(p);
+  if (hopper.tile >= 0) {
+    p.parts = hopper.params.parts;
+  } else {
+    p.tiles_m = ceil_div(p.filters, TileWeight<T>::kM), p.tiles_n = ceil_div(taps * channels, TileWeight<T>::kN);
+    plan_parts(p, depthwise ? grid.blocks : int64_t{p.groups} * p.tiles_m * p.tiles_n);
+  }
   const int64_t weights = int64_t{shape.filters} * taps * channels;
   p.sums = static_cast<float*>(allocate(p.parts * weights * sizeof(float)));
   if (params.grad_bias != nullptr) {
     p.bias_sums = static_cast<float*>(allocate(p.parts * shape.filters * sizeof(float)));
   }
-  const int failed = depthwise ? launch_depthwise_weight<T>(p, grid, stream) : launch_weight<T>(p, params.tf32, stream);
-  if (failed) return failed;
+  const auto launch_sums = [&] {
+    if constexpr (sizeof(T) == 2) {
+      hopper.params.sums = p.sums, hopper.params.bias_sums = p.bias_sums;
+      if (hopper.tile >= 0) return launch_hopper_weight<T>(hopper, stream);
+    }
+    return depthwise ? launch_depthwise_weight<T>(p, grid, stream) : launch_weight<T>(p, params.tf32, stream);
+  };
+  if (int error = launch_sums()) return error;
 
   SumParams<T> sum{p.sums, p.parts, weights, taps, channels, static_cast<T*>(params.grad_weight)};
   sum.out_filter = int64_t{taps} * channels;

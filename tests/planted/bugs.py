@@ -29,6 +29,7 @@ CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
 CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 CONV_HOPPER = "csrc/kernels/conv_hopper.cuh"
+CONV_HOPPER_WEIGHT = "csrc/kernels/conv_hopper_weight.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
@@ -335,6 +336,38 @@ BUGS = [
         "        named_barrier(1, Shape::kConsumers);  // and may be overwritten, the places too\n",
         "",
         "race",
+    ),
+    Bug(
+        "gradient and pixels multiplied before they have landed",
+        "conv_hopper_weight",
+        CONV_HOPPER_WEIGHT,
+        "        mbarrier_wait(full + stage.index, stage.parity);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "stage empty when one block of the cluster has left it",
+        "conv_hopper_weight",
+        CONV_HOPPER_WEIGHT,
+        "mbarrier_init(empty + i, kConsumerWarps * layout.cluster);",
+        "mbarrier_init(empty + i, kConsumerWarps);",
+        "plain",
+    ),
+    Bug(
+        "no fence between zeros and the products that read them",
+        "conv_hopper_weight",
+        CONV_HOPPER_WEIGHT,
+        "    fence_proxy_async();\n    cluster_sync();",
+        "    cluster_sync();",
+        "race",
+    ),
+    Bug(
+        "next 64 channels half a chunk on",
+        "conv_hopper_weight",
+        CONV_HOPPER_WEIGHT,
+        "first_chunk) * kChunkElements, Shape::kChunkBytes, 1024, 128);",
+        "first_chunk) * kChunkElements, Shape::kChunkBytes / 2, 1024, 128);",
+        "plain",
     ),
     Bug(
         "tail of the last chunk taken for a whole one",

@@ -59,6 +59,7 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
         "adam",
         "conv",
         "conv_hopper",
+        "conv_hopper_weight",
         "rnn",
         "attention",
         "attention_hopper",

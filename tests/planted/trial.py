@@ -289,6 +289,32 @@ def conv_hopper(library: ctypes.CDLL) -> str | None:
     return None
 
 
+def conv_hopper_weight(library: ctypes.CDLL) -> str | None:
+    """Rings that go round, filters beyond the tile, alone with places to fill up, in a cluster with padding."""
+    for cluster, (images, height, width, padding) in ((1, (13, 14, 14, 0)), (2, (32, 7, 7, 1))):
+        channels, filters, kernel, stride = 64, 120, 2, 2
+        out_h, out_w = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        rng = np.random.default_rng(images)
+        grad, x = (
+            rng.integers(-2, 3, shape).astype(np.float32)
+            for shape in ((images, out_h, out_w, filters), (images, height, width, channels))
+        )
+        padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        weight = np.zeros((filters, kernel, kernel, channels), np.float32)
+        for r, s in np.ndindex(kernel, kernel):
+            under = padded[:, r : r + stride * out_h : stride, s : s + stride * out_w : stride][:, :out_h, :out_w]
+            weight[:, r, s] = np.tensordot(grad, under, ((0, 1, 2), (0, 1, 2)))
+        found, found_bias = np.full_like(weight, np.nan), np.full(filters, np.nan, np.float32)
+        sizes = (images, channels, height, width, filters, kernel, stride, padding, cluster)
+        arrays = (pointer(grad), pointer(x), pointer(found), pointer(found_bias))
+        failure = call(library.run_conv_hopper_weight, *map(ctypes.c_int, sizes), *arrays)
+        failure = failure or compare("grad_weight", found, weight, 1e-6)
+        failure = failure or compare("grad_bias", found_bias, grad.sum((0, 1, 2)), 1e-6)
+        if failure:
+            return f"{cluster} blocks a cluster: {failure}"
+    return None
+
+
 def rnn(library: ctypes.CDLL) -> str | None:
     """A packed bidirectional LSTM in each variant, several blocks and a padded group; the reference is torch's.
 
@@ -563,6 +589,7 @@ ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
 GPUS = {
     "adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3),
     "layer_norm_cluster": dict(workers=1, multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90),
+    "conv_hopper_weight": dict(workers=1, multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90),
     "rnn": dict(workers=1, multiprocessors=8, blocks_per_multiprocessor=1),
     "attention_decode": dict(multiprocessors=4, blocks_per_multiprocessor=1, compute_capability=90),
 }
@@ -577,6 +604,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "adam": adam,
         "conv": conv,
         "conv_hopper": conv_hopper,
+        "conv_hopper_weight": conv_hopper_weight,
         "rnn": rnn,
         "attention": attention,
         "attention_hopper": attention_hopper,
