@@ -38,6 +38,7 @@
 #include "kernels/conv_hopper_plan.cuh"
 #include "kernels/conv_layout.cuh"
 #include "kernels/conv_pool.cuh"
+#include "kernels/conv_stem.cuh"
 #include "kernels/conv_weight.cuh"
 
 #include <algorithm>
@@ -365,6 +366,10 @@ int conv_forward(const ConvForwardParams& params, Stream stream, const Allocate&
     return launch_passes<T>(params, wants_pool, stream, allocate, [&](ConvActivation activation, const auto& results) {
       return launch_depthwise_forward<T>(params, activation, results, stream, allocate);
     });
+  }
+  if constexpr (sizeof(T) == 2) {
+    StemParams stem;
+    if (plan_stem(params, stem)) return launch_stem<T>(stem, stream);
   }
   ConvTensor input = params.input, weight = params.weight;
   if (int error = input_channels_contiguous<T>(input, shape, stream, allocate)) return error;
