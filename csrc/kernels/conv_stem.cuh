@@ -32,6 +32,10 @@
 #pragma once
 
 #include "kernels/conv_epilogue.cuh"
+#include "kernels/conv_layout.cuh"
+
+#include <algorithm>
+#include <climits>
 
 namespace bigkern {
 namespace conv {
@@ -92,11 +96,13 @@ __host__ __device__ inline int stem_copy_words(const StemParams& p) {
   return round_up(2 * p.lines_words(), 32) + 16;
 }
 
+__host__ __device__ inline int stem_words(const StemParams& p) {
+  return p.odd() ? stem_copy_words(p) + p.lines_words() : 2 * p.lines_words();
+}
+
 inline size_t stem_shared_bytes(const StemParams& p, int filters) {
-  const size_t results = kStemPlaces * (filters + 8) * 2;
-  const size_t lines = p.odd() ? stem_copy_words(p) + p.lines_words() : 2 * p.lines_words();
-  return filters * (stem_filter_pitch(p.k_steps) * 2 + 4) + p.k_steps * 64 + kStemPlaces * 4 + results + lines * 4 +
-         128;
+  const size_t taps = filters * stem_filter_pitch(p.k_steps) * 2, results = kStemPlaces * (filters + 8) * 2;
+  return taps + p.k_steps * 64 + kStemPlaces * 4 + filters * 4 + results + stem_words(p) * 4;
 }
 
 // A box: its first place, which padding may put outside, and its first window.
@@ -147,7 +153,7 @@ __device__ __forceinline__ void load_stem_box(const StemParams& p, const StemBox
 
 // Pairs of k as a thread's fragments take them: t and t + 4 of eight, as bytes from a run's start and masks of what
 // belongs to the run.
-struct StemPairs {
+struct alignas(16) StemPairs {
   uint32_t offset[2], mask[2];
 };
 
@@ -304,7 +310,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) conv_stem_kernel(const con
   uint32_t* const starts = shared.take<uint32_t>(Shape::kM);  // of a row's run: bytes of its line, elements in it
   float* const bias = shared.take<float>(Shape::kN);
   T* const results = shared.take<T>(Shape::kM * kResultPitch<Shape>);
-  uint32_t* const lines = shared.take<uint32_t>(2 * p.lines_words());
+  uint32_t* const lines = shared.take<uint32_t>(stem_words(p));
   const int block = blockIdx.x / p.tiles_n, blocks = gridDim.x / p.tiles_n;
   const int first_filter = blockIdx.x % p.tiles_n * Shape::kN;
 
@@ -339,10 +345,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) conv_stem_kernel(const con
     cp_async_commit();
     if (p.odd()) {
       uint32_t* const shifted = lines + stem_copy_words(p);
-      for (int i = threadIdx.x; i < p.lines_words(); i += Shape::kThreads) {
-        // The last word has no successor, and no run.
-        const uint32_t next = i + 1 < p.lines_words() ? landed[i + 1] : 0;
-        shifted[i] = landed[i] >> 16 | next << 16;
+      const int words = 4 * p.chunks;
+      for (int line = threadIdx.x / 32; line < p.planes * p.rows; line += Shape::kThreads / 32) {
+        for (int word = lane; word < words; word += 32) {
+          const int at = line * p.pitch + word;
+          const uint32_t next = word + 1 < words ? landed[at + 1] : 0;  // behind the last one is no run
+          shifted[at] = landed[at] >> 16 | next << 16;
+        }
       }
       __syncthreads();  // the copy is whole
     }

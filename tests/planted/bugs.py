@@ -29,6 +29,7 @@ CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
 CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 CONV_HOPPER = "csrc/kernels/conv_hopper.cuh"
+CONV_STEM = "csrc/kernels/conv_stem.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
@@ -334,6 +335,54 @@ BUGS = [
         "        named_barrier(1, Shape::kConsumers);  // and may be overwritten, the places too\n",
         "",
         "race",
+    ),
+    Bug(
+        "lines multiplied before they have landed",
+        "conv_stem",
+        CONV_STEM,
+        "    cp_async_wait<0>();\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "lines and results overwritten while still read",
+        "conv_stem",
+        CONV_STEM,
+        "    __syncthreads();  // the lines have landed for all, and all have left the other buffer and the results\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "runs read from the second copy while it is made",
+        "conv_stem",
+        CONV_STEM,
+        "      __syncthreads();  // the copy is whole\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "run that starts at an odd element read from the even one",
+        "conv_stem",
+        CONV_STEM,
+        "return odd() ? 0 : padding % 2;",
+        "return 0;",
+        "plain",
+    ),
+    Bug(
+        "padding of the pool not among the box's places",
+        "conv_stem",
+        CONV_STEM,
+        "w = out_w * p.pool.stride_w - p.pool.padding_w;",
+        "w = out_w * p.pool.stride_w;",
+        "plain",
+    ),
+    Bug(
+        "last of equal maxima",
+        "conv_stem",
+        CONV_STEM,
+        "const uint32_t tag = 0xffffu - (y * p.pool.kernel_w + x);",
+        "const uint32_t tag = 0xff00u + (y * p.pool.kernel_w + x);",
+        "plain",
     ),
     Bug(
         "tail of the last chunk taken for a whole one",

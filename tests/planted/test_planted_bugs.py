@@ -55,6 +55,7 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
         "adam",
         "conv",
         "conv_hopper",
+        "conv_stem",
         "rnn",
         "attention",
         "attention_hopper",
