@@ -378,17 +378,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) conv_stem_kernel(const con
         sums.values[i][j][1] = sums.values[i][j][3] = shift.y;
       }
     }
+    // Fragments of one step are loaded while those of the other are multiplied.
     const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(lines);
-    Fragments now;
-    now.load(bytes, runs, pairs[lane % 4], filter_rows, filter_pitch);
-#pragma unroll 2
-    for (int step = 0; step < p.k_steps; step++) {
-      Fragments next;
-      const int ahead = min(step + 1, p.k_steps - 1);
-      next.load(bytes, runs, pairs[4 * ahead + lane % 4], filter_rows + 16 * ahead, filter_pitch);
+    Fragments even, odd;
+    const auto load = [&](int step, Fragments& fragments) {
+      if (step >= p.k_steps) return;
+      fragments.load(bytes, runs, pairs[4 * step + lane % 4], filter_rows + 16 * step, filter_pitch);
+    };
+    const auto multiply = [&](Fragments& fragments) {
 #pragma unroll
-      for (int j = 0; j < Sums::kFragmentsN / 2; j++) sums.multiply(now.a, now.b[j], j);
-      now = next;
+      for (int j = 0; j < Sums::kFragmentsN / 2; j++) sums.multiply(fragments.a, fragments.b[j], j);
+    };
+    load(0, even);
+    for (int step = 0; step < p.k_steps; step += 2) {
+      load(step + 1, odd);
+      multiply(even);
+      if (step + 1 == p.k_steps) break;
+      load(step + 2, even);
+      multiply(odd);
     }
 
     const auto finish = [relu](float x) { return from_float<T>(relu && x <= 0.0f ? 0.0f : x); };
