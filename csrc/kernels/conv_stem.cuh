@@ -19,16 +19,16 @@
 // activations are given what is saved for their backward, the rounded sum, as if convolved in a pass before.
 //
 // Floor of ResNet's stem, 256 x 3 x 224 x 224 to 64 filters, ReLU, 3x3 by 2: 60.4 GFLOP, and 180 MB: 42 us at 4.3 TB/s;
-// with argmax 231 MB, 54 us. Model of a box on one multiprocessor of an H200, channels_last, 10 steps of k; not
-// measured:
+// with argmax 231 MB, 54 us. Convolution, ReLU and pool apart would move 1,824 MB, 424 us. Model of a box on one
+// multiprocessor of an H200, channels_last, 10 steps of k; not measured:
 //   tensor cores   1,280 products of 16 x 8 x 16, 2,540 FLOP a cycle by mma.sync (62 % of 4,096)     2,064 cycles
 //   shared memory  a step of a warp: 16 words of a, a quarter of which cross lines and take two turns,
 //                  4 matrices of b of 4 turns, 1 row of the table: 37; 4 warps, 10 steps             1,480 wavefronts
 //                  results written and read: 256 + 504; lines: 90                                      850
 //   issue          a step: 32 products, 20 loads, 32 additions and masks; 900 a warp, results 350, windows 660: 1,910
 // 14,336 boxes on 132 multiprocessors: 109 of 2,330 cycles (shared memory), 159 us at 1.6 GHz, if the two blocks of a
-// multiprocessor overlap one's products with the other's windows. A warp has 64 x 64 sums, 128 of 255 registers: of two
-// fragments of a or b, one is then read for four products.
+// multiprocessor (80 KB each) overlap one's products with the other's windows. A warp has 64 x 64 sums, 128 of its 252
+// registers a thread: 32 x 64 would read b twice as often, 24 instead of 16 wavefronts for 16 products.
 #pragma once
 
 #include "kernels/conv_epilogue.cuh"
