@@ -307,12 +307,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) conv_stem_kernel(const con
   SharedMemory shared;
   T* const filters = shared.take<T>(Shape::kN * filter_pitch, 128);
   StemPairs* const pairs = shared.take<StemPairs>(4 * p.k_steps);
-  uint32_t* const starts = shared.take<uint32_t>(Shape::kM);  // of a row's run: bytes of its line, elements in it
+  uint32_t* const starts = shared.take<uint32_t>(Shape::kM);  // of a row's run: words before its line, elements in it
   float* const bias = shared.take<float>(Shape::kN);
   T* const results = shared.take<T>(Shape::kM * kResultPitch<Shape>);
   uint32_t* const lines = shared.take<uint32_t>(stem_words(p));
   const int block = blockIdx.x / p.tiles_n, blocks = gridDim.x / p.tiles_n;
   const int first_filter = blockIdx.x % p.tiles_n * Shape::kN;
+
+  int64_t tile = block;
+  if (tile < p.tiles) load_stem_box<T, Shape>(p, StemBox(p, tile), reinterpret_cast<T*>(lines));
+  cp_async_commit();
 
   for (int k = threadIdx.x; k < 16 * p.k_steps; k += Shape::kThreads) {
     load_stem_taps<T, Shape>(p, first_filter, k, filters);
@@ -326,9 +330,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) conv_stem_kernel(const con
     const int y = i / p.box_w, x = i - y * p.box_w;
     starts[i] = y < p.box_h ? (y * p.stride_h * p.pitch) << 16 | x * p.step : 0;
   }
-  int64_t tile = block;
-  if (tile < p.tiles) load_stem_box<T, Shape>(p, StemBox(p, tile), reinterpret_cast<T*>(lines));
-  cp_async_commit();
 
   const int lane = Sums::lane();
   const T* const filter_rows = filters + (lane % 8 + lane / 16 * 8) * filter_pitch + lane / 8 % 2 * 8;
