@@ -369,14 +369,6 @@ BUGS = [
         "plain",
     ),
     Bug(
-        "padding of the pool not among the box's places",
-        "conv_stem",
-        CONV_STEM,
-        "w = out_w * p.pool.stride_w - p.pool.padding_w;",
-        "w = out_w * p.pool.stride_w;",
-        "plain",
-    ),
-    Bug(
         "last of equal maxima",
         "conv_stem",
         CONV_STEM,
