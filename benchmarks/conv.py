@@ -95,6 +95,7 @@ _TILE = 128
 _ALONE = 192
 _SHARED_LARGE, _SHARED_MEDIUM, _SHARED_SMALL, _SHARED_ELEMENTS, _SHARED_WEIGHT = 69632, 49152, 32768, 36864, 49152
 _SHARED_HOPPER = 226 << 10  # 227 KiB with the one that cuobjdump counts among a kernel's own
+_SHARED_STEM = 81568  # of ResNet's
 _MMA, _COPIES = {"*": "HMMA"}, {"*": "LDGSTS"}
 _GEMM, _WEIGHT = r"^conv_gemm_kernel<\w+, conv::TileShape<\w+", r"^conv_backward_weight_kernel<.*"
 static_plan = [
@@ -111,6 +112,8 @@ static_plan = [
     KernelPlan(rf"{_WEIGHT}FusedMultiplyAdd, .*WeightElementLoader", 256, _ALONE, False, _SHARED_WEIGHT // 2),
     # One block a multiprocessor: setmaxnreg shares out 168 registers a thread. Empty on other architectures.
     KernelPlan(r"^conv_hopper_(weight_)?kernel<", 384, 168, False, _SHARED_HOPPER, {"sm_90a": "HGMMA UTMALDG"}),
+    # 64 x 64 sums a warp, and the fragments of two steps; two blocks a multiprocessor where shared memory has 164 KB.
+    KernelPlan(r"^conv_stem_kernel<", 128, 255, False, _SHARED_STEM, {"*": "HMMA LDGSTS"}),
     # Strips of sums in registers: enough loads in flight with 512 threads.
     KernelPlan(r"^conv_depthwise_kernel<\w+, [48],", 256, 128, vectorised=True),
     KernelPlan(r"^conv_depthwise_kernel<\w+, 1,", 256, 128),

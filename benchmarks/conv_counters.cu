@@ -126,6 +126,27 @@ inline void count(const LaunchConfig& config, const GemmParams& p, const StoreOu
   }
 }
 
+inline void count(const LaunchConfig& config, const StemParams& p) {
+  const int kn = p.filters > kStemFiltersFew ? kStemFilters : kStemFiltersFew;
+  record.products += p.tiles * p.tiles_n * p.k_steps * (kStemPlaces / 16) * (kn / 8);
+  // Lines of a box by what of them is the image's, in chunks or elements.
+  const int unit = p.copies ? 8 : 1;
+  int64_t rows = 0, units = 0;
+  for (int box = 0; box < p.boxes_h; box++) {
+    const int top = (box * p.tile_h * p.pool.stride_h - p.pool.padding_h) * p.stride_h - p.padding_h;
+    for (int row = 0; row < p.rows; row++) rows += within(top + row, p.height);
+  }
+  for (int box = 0; box < p.boxes_w; box++) {
+    const int start = (box * p.tile_w * p.pool.stride_w - p.pool.padding_w) * p.step - p.padding;
+    for (int i = 0; i < p.chunks * 8; i += unit) units += within(start - (start & 7) + i, p.line);
+  }
+  record.loads += p.images * p.tiles_n * p.planes * rows * units * unit * sizeof(T);
+  const int64_t blocks = config.grid.x / p.tiles_n, taps = int64_t{p.planes} * p.kernel_h * p.run;
+  record.loads += blocks * p.filters * (taps + (p.bias != nullptr)) * sizeof(T);
+  const int bytes = sizeof(T) * (1 + (p.preactivation != nullptr)) + (p.argmax != nullptr);
+  record.stores += p.images * p.pool.out_h * p.pool.out_w * p.filters * bytes;
+}
+
 inline void count(const LaunchConfig&, const WeightParams& p) {
   using Shape = TileWeight<T>;
   int64_t pairs = taps_inside(Axis{p.out_h, p.stride_h, -p.padding_h, p.dilation_h, p.kernel_h}, p.height) *

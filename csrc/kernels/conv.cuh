@@ -11,11 +11,12 @@
 // architecture alone is another branch there):
 //
 //   conv_gemm.cuh       implicit GEMM for forward and input gradient. Tiles of 128 x 128, 128 x 64 and 64 x 64 on
-//   tensor
-//                       cores, or by fused multiply-adds for fp32 without TF32. Chunks of channels by cp.async, single
-//                       elements where channels are few (stems) or no whole chunks.
+//                       tensor cores, or by fused multiply-adds for fp32 without TF32. Chunks of channels by cp.async,
+//                       single elements where there are no whole chunks.
 //   conv_hopper.cuh     the same on sm_90a for 16-bit elements in whole chunks, without groups: TMA and wgmma, pixels
 //                       loaded once for all taps; conv_hopper_plan.cuh says which shapes it takes
+//   conv_stem.cuh       forward of 1 to 4 channels, 16-bit, with its pool: raw lines of the images, NCHW or
+//                       channels_last; plan_stem says which shapes it takes
 //   conv_epilogue.cuh   bias, activation, and max pool where windows fit a tile; else
 //   conv_pool.cuh       the pool as a pass of its own; and the way back through pool and activation
 //   conv_weight.cuh     weight and bias gradients
@@ -28,8 +29,9 @@
 // tiles' epilogue; depthwise ones and those of a separate pool are copied last. Weights are copied wherever their
 // channels do not lie as the path wants them: they are small.
 //
-// Numerics: fp32 accumulators over all of k in one order; one rounding at the end. TF32 rounds operands to nearest,
-// halves away from zero. Offsets are 64-bit; coordinates and the k axis are int, which csrc/torch/conv.cpp checks.
+// Numerics: fp32 accumulators over all of k in one order; one rounding at the end, but where a
+// pass or the stem's pool is given rounded sums. TF32 rounds operands to nearest, halves away from zero. Offsets are
+// 64-bit; coordinates and the k axis are int, which csrc/torch/conv.cpp checks.
 #pragma once
 
 #include "kernels/conv.h"
@@ -40,6 +42,7 @@
 #include "kernels/conv_hopper_weight_plan.cuh"
 #include "kernels/conv_layout.cuh"
 #include "kernels/conv_pool.cuh"
+#include "kernels/conv_stem.cuh"
 #include "kernels/conv_weight.cuh"
 
 #include <algorithm>
@@ -371,6 +374,10 @@ int conv_forward(const ConvForwardParams& params, Stream stream, const Allocate&
     return launch_passes<T>(params, wants_pool, stream, allocate, [&](ConvActivation activation, const auto& results) {
       return launch_depthwise_forward<T>(params, activation, results, stream, allocate);
     });
+  }
+  if constexpr (sizeof(T) == 2) {
+    StemParams stem;
+    if (plan_stem(params, stem)) return launch_stem<T>(stem, stream);
   }
   ConvTensor input = params.input, weight = params.weight;
   if (int error = input_channels_contiguous<T>(input, shape, stream, allocate)) return error;

@@ -151,6 +151,25 @@ __device__ __forceinline__ Place locate(const GemmParams& p, const TilePlace& ti
   return place;
 }
 
+// Boxes of at most `places` places, with all places of the windows in them: the fewest that cover an image.
+struct PoolBoxes {
+  int tile_h, tile_w;  // windows of a box
+  int64_t count;       // of an image; 0 where no window fits
+};
+
+inline PoolBoxes fit_boxes(const ConvPool& pool, int places) {
+  PoolBoxes best{};
+  for (int tile_h = 1; tile_h <= pool.out_h; tile_h++) {
+    const int box_h = (tile_h - 1) * pool.stride_h + pool.kernel_h;
+    const int fitting = (places / box_h - pool.kernel_w) / pool.stride_w + 1;
+    if (places / box_h < pool.kernel_w) break;
+    const int tile_w = std::min(fitting, pool.out_w);
+    const int64_t boxes = int64_t{ceil_div(pool.out_h, tile_h)} * ceil_div(pool.out_w, tile_w);
+    if (best.count == 0 || boxes < best.count) best = {tile_h, tile_w, boxes};
+  }
+  return best;
+}
+
 // Lays the tile's rows over pooling windows; false where too few of them would be of use, and the pool is a pass of its
 // own.
 inline bool plan_pool(const ConvPool& pool, int tile_m, GemmParams& p) {
@@ -165,26 +184,16 @@ inline bool plan_pool(const ConvPool& pool, int tile_m, GemmParams& p) {
     p.tiles_m = ceil_div<int64_t>(outputs, p.windows);
     return p.windows * area * 2 >= tile_m;
   }
-  int64_t best = 0;
-  for (int tile_h = 1; tile_h <= pool.out_h; tile_h++) {
-    const int box_h = (tile_h - 1) * pool.stride_h + pool.kernel_h;
-    const int fitting = (tile_m / box_h - pool.kernel_w) / pool.stride_w + 1;
-    if (tile_m / box_h < pool.kernel_w) break;
-    const int tile_w = std::min(fitting, pool.out_w);
-    const int64_t boxes = int64_t{ceil_div(pool.out_h, tile_h)} * ceil_div(pool.out_w, tile_w);
-    if (best == 0 || boxes < best) {
-      best = boxes;
-      p.tile_h = tile_h, p.tile_w = tile_w;
-    }
-  }
-  if (best == 0) return false;
+  const PoolBoxes boxes = fit_boxes(pool, tile_m);
+  if (boxes.count == 0) return false;
   p.pool_tile = PoolTile::kBox;
+  p.tile_h = boxes.tile_h, p.tile_w = boxes.tile_w;
   p.windows = p.tile_h * p.tile_w;
   p.box_w = (p.tile_w - 1) * pool.stride_w + pool.kernel_w;
   p.boxes_h = ceil_div(pool.out_h, p.tile_h);
   p.boxes_w = ceil_div(pool.out_w, p.tile_w);
-  p.tiles_m = p.images * best;
-  return best * tile_m <= 2 * int64_t{p.height.result} * p.width.result;
+  p.tiles_m = p.images * boxes.count;
+  return boxes.count * tile_m <= 2 * int64_t{p.height.result} * p.width.result;
 }
 
 // Where a row's operand lies: under tap (0, 0), which may be outside the image; rows without a place are outside for

@@ -30,6 +30,7 @@ CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 CONV_HOPPER = "csrc/kernels/conv_hopper.cuh"
 CONV_HOPPER_WEIGHT = "csrc/kernels/conv_hopper_weight.cuh"
+CONV_STEM = "csrc/kernels/conv_stem.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
@@ -367,6 +368,46 @@ BUGS = [
         CONV_HOPPER_WEIGHT,
         "first_chunk) * kChunkElements, Shape::kChunkBytes, 1024, 128);",
         "first_chunk) * kChunkElements, Shape::kChunkBytes / 2, 1024, 128);",
+        "plain",
+    ),
+    Bug(
+        "lines multiplied before they have landed",
+        "conv_stem",
+        CONV_STEM,
+        "    cp_async_wait<0>();\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "lines and results overwritten while still read",
+        "conv_stem",
+        CONV_STEM,
+        "    __syncthreads();  // the lines have landed for all, and all have left the other buffer and the results\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "runs read from the second copy while it is made",
+        "conv_stem",
+        CONV_STEM,
+        "      __syncthreads();  // the copy is whole\n",
+        "",
+        "race",
+    ),
+    Bug(
+        "run that starts at an odd element read from the even one",
+        "conv_stem",
+        CONV_STEM,
+        "return odd() ? 0 : padding % 2;",
+        "return 0;",
+        "plain",
+    ),
+    Bug(
+        "last of equal maxima",
+        "conv_stem",
+        CONV_STEM,
+        "const uint32_t tag = 0xffffu - (y * p.pool.kernel_w + x);",
+        "const uint32_t tag = 0xff00u + (y * p.pool.kernel_w + x);",
         "plain",
     ),
     Bug(

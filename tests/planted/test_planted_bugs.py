@@ -60,6 +60,7 @@ def trial(kernel: str, build: str, name: str, replace: dict[str, tuple[str, str]
         "conv",
         "conv_hopper",
         "conv_hopper_weight",
+        "conv_stem",
         "rnn",
         "attention",
         "attention_hopper",

@@ -315,6 +315,50 @@ def conv_hopper_weight(library: ctypes.CDLL) -> str | None:
     return None
 
 
+def conv_stem(library: ctypes.CDLL) -> str | None:
+    """One block: several boxes with halos, lines in chunks and by elements, runs of both parities, both layouts.
+
+    Small integers: sums are exact, equal maxima are frequent and the first of them is asked for.
+    """
+    for images, channels, height, width, filters, kernel, stride, padding, last in (
+        (2, 3, 30, 32, 24, 5, 2, 1, True),
+        (1, 2, 17, 19, 21, 4, 1, 2, False),
+    ):
+        rng = np.random.default_rng(width)
+        x, weight, bias = (
+            rng.integers(-1, 2, shape).astype(np.float32)
+            for shape in ((images, height, width, channels), (filters, kernel, kernel, channels), (filters,))
+        )
+        out_h, out_w = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        # A border of -1 is never a maximum of what relu leaves.
+        active = np.full((images, out_h + 3, out_w + 3, filters), -1, np.float32)
+        inner = active[:, 1:-2, 1:-2]
+        inner[:] = bias
+        for r, s in np.ndindex(kernel, kernel):
+            under = padded[:, r : r + stride * out_h : stride, s : s + stride * out_w : stride]
+            inner += under[:, :out_h, :out_w] @ weight[:, r, s].T
+        np.maximum(inner, 0, out=inner)
+        size = ((out_h - 1) // 2 + 1, (out_w - 1) // 2 + 1)
+        window = np.stack([active[:, y : y + 2 * size[0] : 2, z : z + 2 * size[1] : 2] for y, z in np.ndindex(3, 3)])
+        window = window[:, :, : size[0], : size[1]]
+        wanted, places = window.max(0), window.argmax(0)
+        given = [x, weight]
+        if not last:
+            given = [np.ascontiguousarray(array.transpose(0, 3, 1, 2)) for array in given]
+            wanted, places = (array.transpose(0, 3, 1, 2) for array in (wanted, places))
+        output, argmax = np.full(wanted.shape, np.nan, np.float32), np.full(wanted.shape, 255, np.uint8)
+        sizes = [ctypes.c_int(n) for n in (images, channels, height, width, filters, kernel, stride, padding, last)]
+        failure = (
+            call(library.run_conv_stem, *sizes, *map(pointer, (*given, bias, output, argmax)))
+            or compare("output", output, wanted, 0)
+            or compare("argmax", argmax.astype(np.float32), places, 0)
+        )
+        if failure:
+            return f"stride {stride}: {failure}"
+    return None
+
+
 def rnn(library: ctypes.CDLL) -> str | None:
     """A packed bidirectional LSTM in each variant, several blocks and a padded group; the reference is torch's.
 
@@ -605,6 +649,7 @@ def main(path: str, build: str, kernel: str, schedules: list[str]) -> None:
         "conv": conv,
         "conv_hopper": conv_hopper,
         "conv_hopper_weight": conv_hopper_weight,
+        "conv_stem": conv_stem,
         "rnn": rnn,
         "attention": attention,
         "attention_hopper": attention_hopper,

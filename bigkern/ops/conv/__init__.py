@@ -51,7 +51,8 @@ def conv2d(
 
     Args:
         input: (N, C, H, W), or (C, H, W) unbatched; float32, bfloat16, float16, or float64 (torch backend only).  Any
-            strides; channels_last is what the kernels work on, another layout costs a copy.
+            strides; channels_last is what the kernels work on, another layout costs a copy unless there are at most 4
+            channels.
         weight: (K, C / groups, R, S); the input's dtype.
         bias: (K,); the input's dtype.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d: ints or one for each dimension; ``padding``
