@@ -23,8 +23,8 @@
 // Clusters. Two blocks with the same places and neighbouring filters share the pixels: each loads every other line into
 // both (multicast), so that L2 is asked half as often. Before a slab's lines are issued, each producer grants the other
 // its own place in the ring, which its consumers have left, and waits for the same; lines count on either block's
-// barrier of that slab. No block ends before the other, whose copies write to it. It pays where L2 binds, by the model
-// of conv_hopper_plan.cuh: 1 x 1 and strides.
+// barrier of that slab. A block needs no barrier to end: it has waited for every grant and every line that the other
+// sends it. It pays where L2 binds, by the model of conv_hopper_plan.cuh: 1 x 1 and strides.
 //
 // A tile's rows are a raster run of output places, over lines and images, so that no product is wasted on a border: the
 // pixels are addressed by ldmatrix, row by row, and any order of places will do, pooling windows too. All taps of a
@@ -292,15 +292,12 @@ __global__ void __launch_bounds__(conv::HopperShape<kTile>::kThreads, 1)
       fence_barrier_init();
     }
     __syncthreads();
-    if (clustered) cluster_sync();
+    if (clustered) cluster_sync();  // the other's barriers stand
     RingPlace slab, stage;
 
     if (threadIdx.x >= Shape::kConsumers) {
       set_max_registers_dec<kProducerRegisters>();
-      if (threadIdx.x > Shape::kConsumers) {
-        if (clustered) cluster_sync();
-        return;
-      }
+      if (threadIdx.x > Shape::kConsumers) return;
       constexpr uint16_t kBothBlocks = 3;
       const uint32_t partner = clustered ? cluster_rank() ^ 1 : 0;
       for (int block = blockIdx.x; block < layout.tiles; block += gridDim.x) {
@@ -348,7 +345,6 @@ __global__ void __launch_bounds__(conv::HopperShape<kTile>::kThreads, 1)
               }
             });
       }
-      if (clustered) cluster_sync();  // the other block may still write to this one
       return;
     }
 
@@ -482,7 +478,6 @@ __global__ void __launch_bounds__(conv::HopperShape<kTile>::kThreads, 1)
       }
     }
     if (leads) named_barrier_arrive(kLeadBarrier, Shape::kConsumers);
-    if (clustered) cluster_sync();
   }
 }
 

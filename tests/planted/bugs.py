@@ -29,6 +29,7 @@ CONV_GEMM = "csrc/kernels/conv_gemm.cuh"
 CONV_EPILOGUE = "csrc/kernels/conv_epilogue.cuh"
 CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 CONV_HOPPER = "csrc/kernels/conv_hopper.cuh"
+CONV_HOPPER_PLAN = "csrc/kernels/conv_hopper_plan.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
@@ -336,14 +337,6 @@ BUGS = [
         "race",
     ),
     Bug(
-        "places read before the warp has written them",
-        "conv_hopper",
-        CONV_HOPPER,
-        "        __syncwarp();  // the warp's places are there\n",
-        "",
-        "race",
-    ),
-    Bug(
         "pixels written to a block that has not granted it",
         "conv_hopper",
         CONV_HOPPER,
@@ -352,11 +345,27 @@ BUGS = [
         "plain",
     ),
     Bug(
-        "block ends while the other may still write to it",
+        "barriers of the other block used before they stand",
         "conv_hopper",
         CONV_HOPPER,
-        "      if (clustered) cluster_sync();  // the other block may still write to this one\n",
+        "    if (clustered) cluster_sync();  // the other's barriers stand\n",
         "",
+        "plain",
+    ),
+    Bug(
+        "lines loaded into one of the blocks that share them",
+        "conv_hopper",
+        CONV_HOPPER,
+        "constexpr uint16_t kBothBlocks = 3;",
+        "constexpr uint16_t kBothBlocks = 1;",
+        "plain",
+    ),
+    Bug(
+        "slab too small for the pieces of a line that two blocks load",
+        "conv_hopper",
+        CONV_HOPPER_PLAN,
+        "const int cut = pooled ? 1 : ceil_div(columns, width);",
+        "const int cut = pooled ? 1 : strips;",
         "plain",
     ),
     Bug(

@@ -269,8 +269,9 @@ def conv_hopper(library: ctypes.CDLL) -> str | None:
     """
     for images, channels, height, width, filters, kernel, stride, padding, staged, cluster in (
         (5, 160, 9, 8, 40, 3, 1, 1, False, 1),
-        (2, 40, 8, 7, 24, 3, 2, 1, True, 1),
+        (2, 40, 8, 7, 40, 3, 2, 1, True, 1),
         (3, 640, 11, 8, 128, 1, 1, 0, False, 2),
+        (1, 128, 8, 15, 128, 1, 1, 0, False, 2),
     ):
         rng = np.random.default_rng(channels)
         x, weight = (
