@@ -394,6 +394,7 @@ SMALL = {
     "steps, tails": Conv(1, 72, (5, 4), 24, (3, 3), padding=(1, 1), activation=4),
     "stride 2": Conv(1, 32, (6, 5), 24, (3, 3), (2, 2), (1, 1)),
     "box": Conv(1, 32, (6, 6), 24, (2, 2), activation=1, pool=(3, 3, 2, 2, 1, 1)),
+    "two blocks": Conv(1, 72, (3, 4), 72, (1, 1), activation=2),
 }
 
 
