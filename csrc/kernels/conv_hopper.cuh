@@ -16,7 +16,7 @@
 // memory, while the other multiplies: four lanes exchange their sums so that each stores 16 bytes, 64 of a place. The
 // second warpgroup starts as many steps behind the first as the rings hold (4 of a 256 x 128 tile: 2,048 cycles of it
 // alone, which gets all of the tensor cores), and equal work keeps it there. So while the first stores, 2,700 cycles by
-// the instructions' count, the second still multiplies those steps, and then stores beside the first one's next tile;
+// the plan's model, the second still multiplies those steps, and then stores beside the first one's next tile;
 // the producer is ahead of both. Two warpgroups by turns at tiles of their own would hide all of it, but at 128 x 128,
 // which is what registers hold, would ask L2 for 32 bytes of filters a cycle, of the 30 there are.
 //

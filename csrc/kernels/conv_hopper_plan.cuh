@@ -9,9 +9,10 @@
 //   128 x 64     256  (128 + 2 * 64 + 64) * 128 / 128   = 320                                      415
 //
 // and a slab's pixels are written once for all its taps; blocks that share them ask L2 for half each. A warpgroup ends
-// its half of a tile in 300 cycles and 300 for each 64 places of 32 filters (by the instructions' count), hidden by the
-// other's products as far as that lags behind; results cross L2 beside the loads. Where they are staged, nothing is
-// multiplied for 1,500 cycles and their way to L2. In % of 4,096 FLOP a cycle, of 132 multiprocessors, 4.3 TB/s of HBM:
+// its half of a tile in 300 cycles and 300 for each 64 places of 32 filters (some 220 instructions a warp, and their
+// exchanges), hidden by the other's products as far as that lags behind; results cross L2 beside the loads. Where they
+// are staged, nothing is multiplied for 1,500 cycles and their way to L2. In % of 4,096 FLOP a cycle, of 132
+// multiprocessors, 4.3 TB/s of HBM:
 //
 //   images   3 x 3: 64 of 56^2, 128 of 28^2, 256 of 14^2, 512 of 7^2    by stride 2, to the last three
 //     256           75          93           95           79            75  93  70
