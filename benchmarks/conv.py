@@ -123,16 +123,18 @@ static_plan = [
     KernelPlan(r"^conv_(permute|sum_parts)_kernel<", 256, 64),
 ]
 
-# Places, filters and stages of each tile that a convolution is cut into; a stage more leaves slabs of pixels less room.
+# Places, filters and stages of each tile that a convolution is cut into, and how many blocks may share its pixels; a
+# stage more leaves slabs of pixels less room.
 tunables = [
     Tunable(
         "convolution on Hopper",
         "csrc/kernels/conv_hopper_plan.cuh",
         "constexpr HopperTile kHopperTiles[] =",
         (
-            "{{256, 128, 4}, {256, 64, 4}, {128, 64, 4}}",
-            "{{256, 128, 3}, {256, 64, 4}, {128, 64, 4}}",
-            "{{128, 128, 4}, {256, 64, 4}, {128, 64, 4}}",
+            "{{256, 128, 5, 2}, {256, 64, 8, 2}, {128, 64, 8, 2}}",
+            "{{256, 128, 5, 1}, {256, 64, 8, 1}, {128, 64, 8, 1}}",
+            "{{256, 128, 4, 2}, {256, 64, 6, 2}, {128, 64, 6, 2}}",
+            "{{128, 128, 5, 2}, {256, 64, 8, 2}, {128, 64, 8, 2}}",
         ),
         (9, 0),
         (

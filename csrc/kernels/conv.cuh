@@ -213,7 +213,7 @@ int launch_gemm(const GemmParams& p, bool tf32, bool small, const Epilogue& epil
     if (!tf32) return launch_gemm<T, FusedMultiplyAdd>(p, small, epilogue, stream);
   } else if (compute_capability() == 90 && whole_chunks<T>(p)) {
     // The forward pass and the input gradient have a kernel of sm_90a's own; what its plan leaves stays here.
-    const HopperPlan plan = plan_hopper(p);
+    const HopperPlan plan = plan_hopper(p, epilogue.vectors && epilogue.plane == 0);
     if (plan.tile >= 0) return launch_hopper<T>(plan, epilogue, stream);
   }
   return launch_gemm<T, TensorCores>(p, small, epilogue, stream);

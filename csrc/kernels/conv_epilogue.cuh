@@ -27,6 +27,27 @@ __device__ __forceinline__ float activate(float x, ConvActivation activation) {
   }
 }
 
+// The same of several, of which the kind is asked once.
+template <int N>
+__device__ __forceinline__ void activate(float (&values)[N], ConvActivation activation) {
+  const auto each = [&](ConvActivation kind) {
+#pragma unroll
+    for (int j = 0; j < N; j++) values[j] = activate(values[j], kind);
+  };
+  switch (activation) {
+    case ConvActivation::kRelu:
+      return each(ConvActivation::kRelu);
+    case ConvActivation::kGelu:
+      return each(ConvActivation::kGelu);
+    case ConvActivation::kGeluTanh:
+      return each(ConvActivation::kGeluTanh);
+    case ConvActivation::kSilu:
+      return each(ConvActivation::kSilu);
+    default:
+      return;
+  }
+}
+
 __device__ __forceinline__ float sigmoid(float x) {
   return 1.0f / (1.0f + expf(-x));
 }
@@ -89,6 +110,22 @@ __device__ __forceinline__ void add_some(const T* p, int count, bool whole, floa
 #pragma unroll
   for (int j = 0; j < V; j++) {
     if (j < count) values[j] += to_float(p[j]);
+  }
+}
+
+// Between four neighbouring lanes: word i of lane q becomes word q of lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int apart = 1; apart < 4; apart *= 2) {
+    const bool upper = threadIdx.x & apart;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & apart) continue;
+      const uint32_t low = words[i], high = words[i + apart];
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, apart);
+      words[i] = upper ? other : low;
+      words[i + apart] = upper ? high : other;
+    }
   }
 }
 
@@ -204,6 +241,40 @@ struct StoreOutput {
     }
   }
 
+  // 32 filters of a place, `first` and on, as wgmma leaves them to four neighbouring lanes: values[2 b + e] is filter
+  // 8 b + 2 (lane % 4) + e. Through an exchange each stores 8 neighbours. shift is the bias of the lane's filters,
+  // added what load_quad gave. Where there are whole vectors only; all lanes of a warp call, those without a place with
+  // -1.
+  __device__ __forceinline__ void store_quad(const GemmParams& p, int64_t place, int first, const float (&shift)[8],
+                                             const uint4& added, float (&values)[8]) const {
+    const int col = first + threadIdx.x % 4 * 8;
+    const bool stores = place >= 0 && col < p.filters;
+    const int64_t offset = place * row_filters + col;
+#pragma unroll
+    for (int j = 0; j < 8; j++) values[j] += shift[j];
+    if (residual != nullptr) {
+      uint32_t words[4] = {added.x, added.y, added.z, added.w};
+      transpose_quad(words);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        Vec<T, 2> pair;
+        memcpy(&pair, &words[j], sizeof(pair));
+        values[2 * j] += to_float(pair.v[0]);
+        values[2 * j + 1] += to_float(pair.v[1]);
+      }
+    }
+    if (preactivation != nullptr) store_exchanged(preactivation + offset, values, stores);
+    activate(values, activation);
+    store_exchanged(output + offset, values, stores);
+  }
+
+  // The 8 neighbours of the residual that this lane adds in store_quad; zeros where there are none.
+  __device__ __forceinline__ uint4 load_quad(const GemmParams& p, int64_t place, int first) const {
+    const int col = first + threadIdx.x % 4 * 8;
+    if (residual == nullptr || place < 0 || col >= p.filters) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(residual + place * row_filters + col);
+  }
+
   // A warp has the places of one filter.
   template <class Shape>
   __device__ __forceinline__ void store_planes(const GemmParams& p, const TilePlace& tile, const float* results,
@@ -245,6 +316,17 @@ struct StoreOutput {
   }
 
  private:
+  static __device__ __forceinline__ void store_exchanged(T* p, const float (&values)[8], bool stores) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const Vec<T, 2> pair{{from_float<T>(values[2 * j]), from_float<T>(values[2 * j + 1])}};
+      memcpy(&words[j], &pair, sizeof(pair));
+    }
+    transpose_quad(words);
+    if (stores) __stcg(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
+  }
+
   // V results of a row. Of 8, lanes 4 to 7 of every 8 read their second half first: 8 lanes then read 128 different
   // bytes of the 256 that are theirs.
   template <class Shape, int V>

@@ -94,11 +94,13 @@ struct TilePlace {
   int n, group;
   Axis height, width;
 
-  __device__ __forceinline__ TilePlace(const GemmParams& p, int64_t block) {
-    const int64_t rest = block / p.tiles_n;
+  // In int, where a caller knows that all tiles can be counted in it, divisions cost a fraction.
+  template <class Index>
+  __device__ __forceinline__ TilePlace(const GemmParams& p, Index block) {
+    const Index rest = block / p.tiles_n, tiles_m = static_cast<Index>(p.tiles_m);
     n = static_cast<int>(block - rest * p.tiles_n);
-    int z = static_cast<int>(rest / p.tiles_m);
-    m = rest - z * p.tiles_m;
+    int z = static_cast<int>(rest / tiles_m);
+    m = rest - z * tiles_m;
     if (p.transposed) {
       const int parity_w = z % p.width.stride;
       z /= p.width.stride;
@@ -426,7 +428,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
   BK_SHARED(RowStart, starts, [Shape::kM]);
   BK_SHARED(int64_t, places, [Shape::kM]);
 
-  const TilePlace tile(p, blockIdx.x);
+  const TilePlace tile(p, int64_t{blockIdx.x});
   // The parities of a transposed axis differ in places; some may have none.
   if (p.transposed && tile.m * Shape::kM >= p.images * tile.height.places * tile.width.places) return;
   for (int row = threadIdx.x; row < Shape::kM; row += Shape::kThreads) {

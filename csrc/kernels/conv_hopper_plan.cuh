@@ -8,10 +8,21 @@
 //   256 x 64     512  (256 + 4 * 64 + 64) * 128 / 128   = 576                                      470
 //   128 x 64     256  (128 + 2 * 64 + 64) * 128 / 128   = 320                                      415
 //
-// and a slab's pixels are written once for all its taps. A tile's end, in which nothing is multiplied, costs 1,500
-// cycles and its results' way to L2. Of 4,096 FLOP a cycle that makes, for 256 images on 132 multiprocessors: 3 x 3
-// convolutions of 64 channels on 56^2 55 %, 128 on 28^2 82 %, 256 on 14^2 90 %, 512 on 7^2 76 %; by stride 2, to the
-// last three sizes, 71, 77 and 59 %; 1 x 1, which memory binds, 19 to 54 %. No GPU has been asked yet.
+// and a slab's pixels are written once for all its taps; blocks that share them ask L2 for half each. A warpgroup ends
+// its half of a tile in 300 cycles and 300 for each 64 places of 32 filters (some 220 instructions a warp, and their
+// exchanges), hidden by the other's products as far as that lags behind; results cross L2 beside the loads. Where they
+// are staged, nothing is multiplied for 1,500 cycles and their way to L2. In % of 4,096 FLOP a cycle, of 132
+// multiprocessors, 4.3 TB/s of HBM:
+//
+//   images   3 x 3: 64 of 56^2, 128 of 28^2, 256 of 14^2, 512 of 7^2    by stride 2, to the last three
+//     256           75          93           95           79            75  93  70
+//      32           70          63           57           52            51  49  40
+//   1 x 1, 256 images: 64 -> 256 and back of 56^2 25 (HBM), 128 -> 512 and back of 28^2 45 and 51 (HBM), 256 -> 1024
+//   and back of 14^2 60 and 79, 512 -> 2048 and back of 7^2 71 and 63
+//
+// (with every tile's end exposed and no clusters: 55 82 90 76, 71 77 59; 55 62 55 45, 54 37 29; 19 and 25, 29 and 48,
+// 40 and 54, 48 and 43). 3 x 3 of 64 channels is bound by shared memory, those of few images by whole waves. No GPU has
+// been asked yet.
 #pragma once
 
 #include "kernels/conv_epilogue.cuh"
@@ -24,18 +35,20 @@ namespace conv {
 
 // ---- What a measured run may choose from ----
 
-// Output places and filters of a tile, and steps of filters that are on their way at once. Slabs of pixels take what
-// shared memory is left.
+// Output places and filters of a tile, steps of filters that are on their way at once, and the most blocks that may
+// share their pixels (1 or 2). Slabs of pixels take what shared memory is left.
 struct HopperTile {
-  int rows, filters, stages;
+  int rows, filters, stages, cluster;
 };
-constexpr HopperTile kHopperTiles[] = {{256, 128, 4}, {256, 64, 4}, {128, 64, 4}};
+constexpr HopperTile kHopperTiles[] = {{256, 128, 5, 2}, {256, 64, 8, 2}, {128, 64, 8, 2}};
 constexpr int kHopperTileCount = sizeof(kHopperTiles) / sizeof(kHopperTiles[0]);
 
 // Lines of a slab start at multiples of this many pixels: 1, or 8 if a GPU should swizzle tiles that start within an
 // atom of 1,024 bytes otherwise than conv_hopper.cuh takes it.
 constexpr int kHopperPitch = 1;
-constexpr int kHopperSlice = 32;  // filters whose results are stored at once
+constexpr int kHopperSlice = 32;  // filters whose results are staged, or stored, at once
+// What must be saved before blocks share pixels: a share of the cycles, for walking in step (assumed).
+constexpr double kHopperClusterGain = 0.03;
 // Of the channels that are multiplied, those that must be real: the sm_80 path multiplies at about 0.6 of wgmma's rate.
 constexpr double kHopperLeastUse = 0.6;
 
@@ -52,11 +65,25 @@ constexpr int hopper_result_bytes(const HopperTile& tile) {
   return tile.rows * (kHopperSlice + 8) * static_cast<int>(sizeof(float));
 }
 
-// Pixels in the ring of slabs: whole swizzle atoms.
-constexpr int hopper_ring_pixels(const HopperTile& tile) {
+// Pixels in the ring of slabs: whole swizzle atoms. Staged: results leave by way of shared memory.
+__host__ __device__ constexpr int hopper_ring_pixels(const HopperTile& tile, bool staged) {
   const int filters = tile.stages * tile.filters * kHopperChannelBytes, places = tile.rows * sizeof(int64_t);
-  const int barriers = 2 * (kHopperMostSlabs + tile.stages) * sizeof(uint64_t);
-  return (kHopperSharedBytes - filters - hopper_result_bytes(tile) - places - barriers) / 1024 * 8;
+  const int barriers = (3 * kHopperMostSlabs + 2 * tile.stages) * sizeof(uint64_t);
+  const int small = (places + barriers + 1023) / 1024 * 1024;
+  return (kHopperSharedBytes - filters - small - (staged ? hopper_result_bytes(tile) : 0)) / 1024 * 8;
+}
+
+// Divides by a positive number that the host knows: n / divisor, exact while n * divisor < 2^64.
+struct HopperDivisor {
+  uint64_t factor;  // 2^64 / divisor, rounded up; 0 for 1
+
+  __device__ __forceinline__ int64_t operator()(int64_t n) const {
+    return factor == 0 ? n : static_cast<int64_t>(__umul64hi(n, factor));
+  }
+};
+
+inline HopperDivisor hopper_divisor(int64_t divisor) {
+  return {divisor > 1 ? UINT64_MAX / divisor + 1 : 0};
 }
 
 struct HopperLayout {
@@ -65,6 +92,10 @@ struct HopperLayout {
   int slab;                 // pixels from a slab to the next, a multiple of 8
   int slabs;                // in the ring
   int tiles;
+  int cluster;  // blocks that have the same places and neighbouring filters, and load half of the pixels each, or 1
+  bool staged;  // results leave by way of shared memory: to pooling windows, places side by side, single elements
+  HopperDivisor by_strips, by_width;
+  HopperDivisor by_height, by_rest;  // an image's lines, or its windows'; those of a parity that has one less
 };
 
 struct HopperPlan {
@@ -165,22 +196,23 @@ inline int hopper_rows(const GemmParams& p, int count, int strips, int width, in
 // The places of the tile's rows in slabs of pixels; false where no ring of two slabs holds them.
 inline bool plan_slabs(const GemmParams& p, const HopperTile& tile, bool flat, HopperLayout& layout) {
   const int reach_h = hopper_reach(p.height, p.transposed), reach_w = hopper_reach(p.width, p.transposed);
-  const int ring = hopper_ring_pixels(tile);
+  const int ring = hopper_ring_pixels(tile, layout.staged);
   const bool pooled = p.pool_tile != PoolTile::kNone;
   const int columns = p.transposed ? ceil_div(p.width.result, p.width.stride) : p.width.result;
   constexpr int kLeastWidth = 8;
   for (int strips = ceil_div(columns, std::max(1, kHopperMostBox - reach_w));; strips += ceil_div(strips, 8)) {
-    int width = flat ? tile.rows : ceil_div(columns, strips), covered = width;
+    int width = flat ? tile.rows / layout.cluster : ceil_div(columns, strips), covered = width;
     if (p.pool_tile == PoolTile::kWindows) {
       width = p.pool.out_w;
       covered = (p.pool.out_w - 1) * p.pool.stride_w + p.pool.kernel_w;
     }
     if (p.pool_tile == PoolTile::kBox) width = covered = p.box_w;
-    const int rows = hopper_rows(p, pooled ? p.windows : tile.rows, pooled ? 1 : strips, width, reach_h);
+    const int cut = pooled ? 1 : ceil_div(columns, width);
+    const int rows = hopper_rows(p, pooled ? p.windows : tile.rows, cut, width, reach_h);
     const int64_t pitch = round_up<int64_t>(int64_t{covered} + reach_w, kHopperPitch);
     const int64_t slab = round_up<int64_t>(rows * pitch, 8);
     if (pitch <= kHopperMostBox && 2 * slab <= ring) {
-      layout.strips = pooled ? 1 : ceil_div(columns, width);
+      layout.strips = cut;
       layout.strip_width = width;
       layout.pitch = static_cast<int>(pitch);
       layout.slab = static_cast<int>(slab);
@@ -191,24 +223,43 @@ inline bool plan_slabs(const GemmParams& p, const HopperTile& tile, bool flat, H
   }
 }
 
+inline void plan_divisors(const GemmParams& p, HopperLayout& layout) {
+  const int height = p.height.result, stride = p.transposed ? p.height.stride : 1;
+  const bool windows = p.pool_tile == PoolTile::kWindows;
+  layout.by_strips = hopper_divisor(layout.strips);
+  layout.by_width = hopper_divisor(layout.strip_width);
+  layout.by_height = hopper_divisor(windows ? p.pool.out_h : ceil_div(height, stride));
+  layout.by_rest = hopper_divisor(windows ? p.pool.out_h : height / stride);
+}
+
 inline double hopper_cycles(const GemmParams& p, const HopperTile& tile, const HopperLayout& layout) {
-  constexpr double kFlop = 4096, kSharedBytes = 128, kL2Bytes = 30, kEnd = 1500;
+  constexpr double kFlop = 4096, kSharedBytes = 128, kL2Bytes = 30, kStagedEnd = 1500, kEnd = 300, kTurn = 300;
   const double classes = p.transposed ? p.height.stride * p.width.stride : 1;
   const double taps = p.height.taps * p.width.taps / classes;
   const double phases =
       p.transposed ? 1 : std::min(p.height.stride, p.height.taps) * std::min(p.width.stride, p.width.taps);
-  const double multiply = 2.0 * tile.rows * tile.filters * kHopperChannels / kFlop;
+  const double chunks = ceil_div(p.channels, kHopperChannels), results = double(tile.rows) * tile.filters;
   const double pixels = phases * layout.slab, filters = taps * tile.filters;
   const double fragments = taps * (tile.rows + tile.rows / 64 * tile.filters);
-  const double chunk = std::max({taps * multiply, kHopperChannelBytes * (pixels + filters) / kL2Bytes,
-                                 kHopperChannelBytes * (fragments + pixels + filters) / kSharedBytes});
-  const double end = kEnd + 2.0 * tile.rows * tile.filters / kL2Bytes;
+  const double step = 2 * results * kHopperChannels / kFlop;
+  double multiply = chunks * taps * step;
+  double l2 = chunks * kHopperChannelBytes * (pixels / layout.cluster + filters) / kL2Bytes;
+  double shared = chunks * kHopperChannelBytes * (fragments + pixels + filters) / kSharedBytes;
+  const double leave = 2 * results / kL2Bytes;
+  double end = kStagedEnd + leave, tile_cycles = std::max({multiply, l2, shared}) + end;
+  if (!layout.staged) {
+    end = kEnd + kTurn * results / (128 * kHopperSlice);
+    const double ahead = std::min<double>(tile.stages - 1, (layout.slabs - 1) * taps / phases);
+    tile_cycles =
+        std::max({multiply + std::max(0.0, end - ahead * step / 2), l2 + leave, shared + 2 * results / kSharedBytes});
+  }
   const int64_t waves = ceil_div<int64_t>(layout.tiles, std::max(1, multiprocessor_count()));
-  return waves * (ceil_div(p.channels, kHopperChannels) * chunk + end);
+  return waves * tile_cycles + end;
 }
 
-// p as gemm_params has it, with its pool planned for the sm_80 tile or none.
-inline HopperPlan plan_hopper(const GemmParams& given) {
+// p as gemm_params has it, with its pool planned for the sm_80 tile or none. vectors: each place's results are whole
+// vectors, one filter beside the other.
+inline HopperPlan plan_hopper(const GemmParams& given, bool vectors) {
   HopperPlan best{-1, given, {}};
   GemmParams p = given;
   const bool stride = p.transposed || (p.width.stride <= kHopperMostStride && p.height.stride <= kHopperMostStride);
@@ -218,24 +269,33 @@ inline HopperPlan plan_hopper(const GemmParams& given) {
   double least = 0;
   for (int i = 0; i < kHopperTileCount; i++) {
     const HopperTile& tile = kHopperTiles[i];
-    HopperPlan plan{i, p, {}};
-    GemmParams& q = plan.params;
-    if (q.pool_tile != PoolTile::kNone && !plan_pool(q.pool, tile.rows, q)) continue;
-    if (!plan_slabs(q, tile, flat, plan.layout)) continue;
-    const int classes = q.transposed ? q.height.stride * q.width.stride : 1;
-    q.tiles_n = ceil_div(q.filters, tile.filters);
-    if (q.pool_tile == PoolTile::kNone) {
-      const int rows = q.transposed ? ceil_div(q.height.result, q.height.stride) : q.height.result;
-      const int64_t places = q.images * rows * plan.layout.strips * plan.layout.strip_width;
-      q.tiles_m = ceil_div<int64_t>(places, tile.rows);
-    }
-    const int64_t tiles = q.tiles_m * q.tiles_n * classes;
-    if (tiles > INT_MAX / 2 || q.images * plan.layout.strips > INT_MAX / 2) continue;
-    plan.layout.tiles = static_cast<int>(tiles);
-    const double cycles = hopper_cycles(q, tile, plan.layout);
-    if (best.tile < 0 || cycles < least) {
-      best = plan;
-      least = cycles;
+    for (int cluster = 1; cluster <= tile.cluster; cluster++) {
+      HopperPlan plan{i, p, {}};
+      GemmParams& q = plan.params;
+      plan.layout.cluster = cluster;
+      plan.layout.staged = !vectors || q.pool_tile != PoolTile::kNone;
+      if (q.pool_tile != PoolTile::kNone && !plan_pool(q.pool, tile.rows, q)) continue;
+      if (!plan_slabs(q, tile, flat, plan.layout)) continue;
+      const int classes = q.transposed ? q.height.stride * q.width.stride : 1;
+      q.tiles_n = ceil_div(q.filters, tile.filters);
+      if (q.tiles_n % cluster != 0) continue;
+      if (q.pool_tile == PoolTile::kNone) {
+        const int rows = q.transposed ? ceil_div(q.height.result, q.height.stride) : q.height.result;
+        const int64_t places = q.images * rows * plan.layout.strips * plan.layout.strip_width;
+        q.tiles_m = ceil_div<int64_t>(places, tile.rows);
+      }
+      const int64_t tiles = q.tiles_m * q.tiles_n * classes;
+      if (tiles > INT_MAX / 2 || q.images * plan.layout.strips > INT_MAX / 2) continue;
+      // What is divided, fewer than 2^38 places, by this stays exact.
+      if (std::max(q.height.result, plan.layout.strip_width) >= 1 << 26) continue;
+      plan.layout.tiles = static_cast<int>(tiles);
+      plan_divisors(q, plan.layout);
+      const double gain = cluster > 1 ? kHopperClusterGain : 0.0;
+      const double cycles = hopper_cycles(q, tile, plan.layout) / (1 - gain);
+      if (best.tile < 0 || cycles < least) {
+        best = plan;
+        least = cycles;
+      }
     }
   }
   return best;

@@ -26,7 +26,7 @@ int64_t most_pixels(const HopperPlan& plan) {
 }  // namespace
 
 // found: tile, rows, pixels in the ring, strips, pitch, slab, slabs, tiles, the most pixels that a tile loads to a
-// slab.
+// slab, blocks that share pixels.
 extern "C" void conv_hopper_plan(const ConvShape* shape, const ConvPool* pool, int transposed, int64_t* found) {
   const void* const aligned = reinterpret_cast<const void*>(4096);
   const int channels = transposed ? shape->filters : shape->channels;
@@ -35,7 +35,7 @@ extern "C" void conv_hopper_plan(const ConvShape* shape, const ConvPool* pool, i
   const ConvTensor weight = dense_channels_last(aligned, channels, shape->kernel_h, shape->kernel_w);
   GemmParams p = gemm_params(*shape, transposed, images, weight);
   if (pool->kernel_h > 0) plan_pool(*pool, kTileRows, p);
-  const HopperPlan plan = plan_hopper(p);
+  const HopperPlan plan = plan_hopper(p, true);
   const HopperLayout& layout = plan.layout;
   if (plan.tile < 0) {
     found[0] = -1;
@@ -45,8 +45,9 @@ extern "C" void conv_hopper_plan(const ConvShape* shape, const ConvPool* pool, i
   const int64_t most = plan.tile == 0   ? most_pixels<0>(plan)
                        : plan.tile == 1 ? most_pixels<1>(plan)
                                         : most_pixels<2>(plan);
-  const int64_t values[] = {plan.tile,     tile.rows,    hopper_ring_pixels(tile),
+  const int64_t values[] = {plan.tile,     tile.rows,    hopper_ring_pixels(tile, layout.staged),
                             layout.strips, layout.pitch, layout.slab,
-                            layout.slabs,  layout.tiles, most};
+                            layout.slabs,  layout.tiles, most,
+                            layout.cluster};
   std::copy(std::begin(values), std::end(values), found);
 }

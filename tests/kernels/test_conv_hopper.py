@@ -169,6 +169,7 @@ class Plan(NamedTuple):
     tiles: int
     most: int
     """Pixels that a tile loads to a slab, of all tiles the most."""
+    cluster: int
 
 
 class Pool(ctypes.Structure):
@@ -186,7 +187,7 @@ def plan(planner, conv: Conv, transposed: bool) -> Plan | None:
     shape = Shape(*sizes, *conv.stride, *conv.padding, *conv.dilation, conv.groups)
     pooled = conv.pool and not transposed
     pool = Pool(*conv.pool, *pooled_size(conv.conv_size, conv.pool)) if pooled else Pool()
-    found = (ctypes.c_int64 * 9)()
+    found = (ctypes.c_int64 * len(Plan._fields))()
     planner.functions.conv_hopper_plan(ctypes.byref(shape), ctypes.byref(pool), transposed, found)
     return Plan(*found) if found[0] >= 0 else None
 
@@ -242,13 +243,26 @@ def test_resnet_is_served(planner):
         assert plan(planner, conv, False) and plan(planner, conv, True), shape
 
 
-# Of a tile on one multiprocessor: 16 x 16 places, 2 steps of channels.
+@pytest.mark.emulated
+def test_blocks_share_pixels_where_that_binds(planner):
+    """By the model: L2 in a 1 x 1 convolution of many filters, not in a 3 x 3; never without a filter tile for each."""
+    planner.control.set_options(multiprocessors=132)
+    assert plan(planner, Conv(256, 1024, (14, 14), 512, (1, 1)), False).cluster == 2
+    assert plan(planner, Conv(256, 256, (14, 14), 256, (3, 3), padding=(1, 1)), False).cluster == 1
+    assert plan(planner, Conv(256, 512, (28, 28), 64, (1, 1)), False).cluster == 1
+    planner.control.set_options(multiprocessors=2)
+    for name in ("tails of everything", "1x1"):
+        assert plan(planner, PATHS[name], False).cluster == 2
+
+
+# Of a tile on one multiprocessor: 16 x 16 places, 2 steps of channels. In the last, of two filter tiles, two blocks
+# share the pixels.
 TILES = {
     "256x128": (Conv(1, 128, (16, 16), 128, (3, 3), padding=(1, 1)), 256, 128),
     "256x64": (Conv(1, 128, (16, 16), 64, (3, 3), padding=(1, 1)), 256, 64),
     "128x64": (Conv(1, 128, (8, 16), 64, (3, 3), padding=(1, 1)), 128, 64),
     "256x128, stride 2": (Conv(1, 128, (32, 32), 128, (3, 3), (2, 2), (1, 1)), 256, 128),
-    "256x128, 1x1": (Conv(1, 128, (16, 16), 128, (1, 1)), 256, 128),
+    "256x64, 1x1": (Conv(1, 128, (16, 16), 128, (1, 1)), 256, 64),
 }
 
 
@@ -269,8 +283,8 @@ def test_pixels_are_loaded_once_for_all_taps(name, kernels):
         pixels = 2 * (lines + lines + 1) * (pitch + 1)
     x, weight, bias = operands(conv, BF16, "cpu")
     found = counted(kernels, forward, conv, x, weight, bias, True)
-    products = channel_steps * taps * 4 * rows // 64
-    assert found == (products, channel_steps * (pixels + taps * filters) * ROW_BYTES)
+    products = channel_steps * taps * 4 * rows // 64 * (conv.filters // filters)
+    assert found == (products, channel_steps * (pixels + taps * conv.filters) * ROW_BYTES)
 
 
 @pytest.mark.parametrize("name", pick(TILES, ["256x128", "256x64"]))
@@ -380,6 +394,7 @@ SMALL = {
     "steps, tails": Conv(1, 72, (5, 4), 24, (3, 3), padding=(1, 1), activation=4),
     "stride 2": Conv(1, 32, (6, 5), 24, (3, 3), (2, 2), (1, 1)),
     "box": Conv(1, 32, (6, 6), 24, (2, 2), activation=1, pool=(3, 3, 2, 2, 1, 1)),
+    "two blocks": Conv(1, 72, (3, 4), 72, (1, 1), activation=2),
 }
 
 

@@ -31,6 +31,7 @@ CONV_WEIGHT = "csrc/kernels/conv_weight.cuh"
 CONV_HOPPER = "csrc/kernels/conv_hopper.cuh"
 CONV_HOPPER_WEIGHT = "csrc/kernels/conv_hopper_weight.cuh"
 CONV_STEM = "csrc/kernels/conv_stem.cuh"
+CONV_HOPPER_PLAN = "csrc/kernels/conv_hopper_plan.cuh"
 TENSORS = "csrc/kernels/multi_tensor.cuh"
 STEP = "csrc/kernels/optimizer_step.cuh"
 RNN_GRID, RNN_BLOCK = "csrc/kernels/rnn_grid.cuh", "csrc/kernels/rnn_block.cuh"
@@ -334,7 +335,7 @@ BUGS = [
         "results of a slice over those being stored",
         "conv_hopper",
         CONV_HOPPER,
-        "        named_barrier(1, Shape::kConsumers);  // and may be overwritten, the places too\n",
+        "        named_barrier(kStagedBarrier, Shape::kConsumers);  // and may be overwritten, the places too\n",
         "",
         "race",
     ),
@@ -408,6 +409,46 @@ BUGS = [
         CONV_STEM,
         "const uint32_t tag = 0xffffu - (y * p.pool.kernel_w + x);",
         "const uint32_t tag = 0xff00u + (y * p.pool.kernel_w + x);",
+        "plain",
+    ),
+    Bug(
+        "pixels written to a block that has not granted it",
+        "conv_hopper",
+        CONV_HOPPER,
+        "                mbarrier_wait_cluster(slab_granted + slab.index, slab.parity);\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "barriers of the other block used before they stand",
+        "conv_hopper",
+        CONV_HOPPER,
+        "    if (clustered) cluster_sync();  // the other's barriers stand\n",
+        "",
+        "plain",
+    ),
+    Bug(
+        "lines loaded into one of the blocks that share them",
+        "conv_hopper",
+        CONV_HOPPER,
+        "constexpr uint16_t kBothBlocks = 3;",
+        "constexpr uint16_t kBothBlocks = 1;",
+        "plain",
+    ),
+    Bug(
+        "slab too small for the pieces of a line that two blocks load",
+        "conv_hopper",
+        CONV_HOPPER_PLAN,
+        "const int cut = pooled ? 1 : ceil_div(columns, width);",
+        "const int cut = pooled ? 1 : strips;",
+        "plain",
+    ),
+    Bug(
+        "lane's own sums stored as its neighbours'",
+        "conv_hopper",
+        CONV_EPILOGUE,
+        "const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, apart);",
+        "const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? high : low, apart);",
         "plain",
     ),
     Bug(

@@ -9,10 +9,11 @@ using namespace bigkern::conv;
 using T = __nv_bfloat16;
 
 // Forward of integers that bf16 holds, with one kernel size, stride and padding along both axes and ReLU. Tensors are
-// dense and channels_last. 0, or an error code whose message lands in `error`.
+// dense and channels_last. Staged: results leave by way of shared memory. cluster: how many blocks share pixels, by the
+// plan. 0, or an error code whose message lands in `error`.
 extern "C" int run_conv_hopper(int images, int channels, int height, int width, int filters, int kernel, int stride,
-                               int padding, const float* input, const float* weight, float* output, char* error,
-                               int size) {
+                               int padding, int staged, int cluster, const float* input, const float* weight,
+                               float* output, char* error, int size) {
   const auto places = [&](int length) { return (length + 2 * padding - kernel) / stride + 1; };
   const auto rounded = [](const float* values, int64_t count) {
     std::vector<T> result(count);
@@ -29,15 +30,15 @@ extern "C" int run_conv_hopper(int images, int channels, int height, int width, 
   p.width = {width, places(width), stride, padding, 1, kernel, 1};
   p.images = images, p.groups = 1, p.channels = channels, p.filters = filters;
   constexpr int kTile = 2;
-  const HopperPlan plan = plan_hopper(p);
-  if (plan.tile != kTile) {
-    std::strncpy(error, "the plan has another tile", size - 1);
+  const HopperPlan plan = plan_hopper(p, !staged);
+  if (plan.tile != kTile || plan.layout.cluster != cluster) {
+    std::strncpy(error, "the plan has another tile or cluster", size - 1);
     return 1;
   }
   std::vector<T> results(int64_t{images} * p.height.result * p.width.result * filters, from_float<T>(NAN));
   StoreOutput<T> store{};
   store.output = results.data(), store.row_filters = filters, store.activation = ConvActivation::kRelu;
-  store.vectors = true;
+  store.vectors = !staged;
   const int code = launch_hopper_tile<T, kTile>(plan, hopper_maps<T>(plan), store, nullptr);
   for (size_t i = 0; i < results.size(); i++) output[i] = to_float(results[i]);
   if (code != 0) std::strncpy(error, error_string(code), size - 1);

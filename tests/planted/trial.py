@@ -264,10 +264,14 @@ def adam_steps(library: ctypes.CDLL, arrays: list, ends: np.ndarray, begin: int 
 
 
 def conv_hopper(library: ctypes.CDLL) -> str | None:
-    """One block: tiles over several images, tails of everything, rings that go round, the phases of a stride."""
-    for images, channels, height, width, filters, kernel, stride, padding in (
-        (5, 160, 9, 8, 40, 3, 1, 1),
-        (2, 40, 8, 7, 24, 3, 2, 1),
+    """One block: tiles over several images, tails of everything, rings that go round, the phases of a stride. Two that
+    share pixels.
+    """
+    for images, channels, height, width, filters, kernel, stride, padding, staged, cluster in (
+        (5, 160, 9, 8, 40, 3, 1, 1, False, 1),
+        (2, 40, 8, 7, 40, 3, 2, 1, True, 1),
+        (3, 640, 11, 8, 128, 1, 1, 0, False, 2),
+        (1, 128, 8, 15, 128, 1, 1, 0, False, 2),
     ):
         rng = np.random.default_rng(channels)
         x, weight = (
@@ -282,10 +286,11 @@ def conv_hopper(library: ctypes.CDLL) -> str | None:
             wanted += under[:, :out_h, :out_w] @ weight[:, r, s].T
         output = np.full_like(wanted, np.nan)
         sizes = [ctypes.c_int(n) for n in (images, channels, height, width, filters, kernel, stride, padding)]
+        sizes += [ctypes.c_int(staged), ctypes.c_int(cluster)]
         failure = call(library.run_conv_hopper, *sizes, pointer(x), pointer(weight), pointer(output))
         failure = failure or compare("output", output, np.maximum(wanted, 0), 1e-6)
         if failure:
-            return f"stride {stride}: {failure}"
+            return f"stride {stride}, cluster {cluster}: {failure}"
     return None
 
 
@@ -632,6 +637,7 @@ def decode(run, dim: int, cases: tuple[tuple[int, int], ...], *, in_bf16: bool) 
 ONE_BLOCK = dict(workers=1, multiprocessors=1, blocks_per_multiprocessor=1)
 GPUS = {
     "adam": dict(workers=1, multiprocessors=3, blocks_per_multiprocessor=1, resident=3),
+    "conv_hopper": dict(**ONE_BLOCK, compute_capability=90),
     "layer_norm_cluster": dict(workers=1, multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90),
     "conv_hopper_weight": dict(workers=1, multiprocessors=2, blocks_per_multiprocessor=1, compute_capability=90),
     "rnn": dict(workers=1, multiprocessors=8, blocks_per_multiprocessor=1),
