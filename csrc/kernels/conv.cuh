@@ -29,9 +29,9 @@
 // tiles' epilogue; depthwise ones and those of a separate pool are copied last. Weights are copied wherever their
 // channels do not lie as the path wants them: they are small.
 //
-// Numerics: fp32 accumulators over all of k in one order; one rounding at the end, but where a
-// pass or the stem's pool is given rounded sums. TF32 rounds operands to nearest, halves away from zero. Offsets are
-// 64-bit; coordinates and the k axis are int, which csrc/torch/conv.cpp checks.
+// Numerics: fp32 accumulators over all of k in one order; one rounding at the end, but where a pass or the stem's pool
+// is given rounded sums. TF32 rounds operands to nearest, halves away from zero. Offsets are 64-bit; coordinates and
+// the k axis are int, which csrc/torch/conv.cpp checks.
 #pragma once
 
 #include "kernels/conv.h"
