@@ -2,8 +2,8 @@
 
 The rule (CONTRIBUTING.md, numerics): with torch in float64 on the same values as the reference, a kernel's error may be
 at most twice torch's own error in the same dtype, plus one rounding: one unit in the last place of the largest element,
-and a quarter of one in the 2-norm, where roundings average out.  Where one draw of the
-inputs leaves the rule, more draws decide: `pooled`.
+and a quarter of one in the 2-norm, where roundings average out.  Where one draw of the inputs leaves the rule, more
+draws decide: `pooled`.
 """
 
 from __future__ import annotations
